@@ -1,0 +1,173 @@
+"""Result v1 and predictions v1: what a protocol leaves behind, and all that the leaderboard reads.
+
+    results/<task>/<encoder>/<protocol>-<variant>-f<label_fraction>-d<draw>-s<seed>.json      one Result
+    results/<task>/<encoder>/<the same>.parquet                                               its predictions
+
+The predictions are written first, the Result last and atomically: a Result that exists is whole, and a second run skips
+it. An undefined metric is null with a reason, never 0.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from panfm.errors import UserError
+from panfm.files import compute_file_sha256, open_atomic, read_json, write_json
+
+RESULT_VERSION: Literal[1] = 1
+Direction = Literal["higher", "lower"]
+
+
+class MetricValue(BaseModel):
+    """One metric with its patient-clustered bootstrap interval; null with a reason where it is undefined."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    value: float | None
+    direction: Direction
+    low: float | None = None  # 95 % interval
+    high: float | None = None
+    reason: str | None = None  # why the value or its interval is null
+
+
+class EncoderCard(BaseModel):
+    """What the board says about an encoder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str  # as shown; unique on a board
+    address: str
+    hash: str  # weights + config + transform + pooling + dtype + code version
+    num_parameters: int
+    flops_per_image: float | None = None  # forward, multiply and add counted apart
+    embed_dim: int
+    image_size: int
+    pooling: str
+    training_data: str | None = None  # what is known of it; null = unknown to us
+    contamination: Literal["excluded", "none", "unknown"] = "unknown"
+    energy_kwh: float | None = None
+
+
+class Result(BaseModel):
+    """One (encoder, task with version, protocol, variant, label_fraction, draw, seed)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    result_version: Literal[1] = RESULT_VERSION
+    task: str
+    task_version: int
+    protocol: str  # linear_probe, knn, finetune, ...
+    variant: str = "default"
+    label_fraction: float  # share of training PATIENTS (groups) with labels
+    draw: int  # which random choice of labels
+    seed: int  # of the optimisation
+    evaluated_on: Literal["test", "development"]
+    encoder: EncoderCard
+    data_hash: str
+    split_hash: str
+    group_kind: str  # patient, lesion, slide, sample (= groups unknown)
+    classes: tuple[str, ...]
+    num_train: int
+    num_train_groups: int
+    num_test: int
+    num_test_groups: int
+    metrics: dict[str, MetricValue]
+    primary_metric: str
+    settings: dict[str, Any] = Field(default_factory=dict)  # what was chosen: C, k, learning rate, ...
+    versions: dict[str, str] = Field(default_factory=dict)
+    wall_seconds: float
+    synthetic: bool = False  # synthetic images: shown apart from real ones
+    predictions: str  # file name beside the Result
+    predictions_sha256: str
+
+    @property
+    def stem(self) -> str:
+        """File name without extension: unique inside results/<task>/<encoder>/."""
+        fraction = f"{self.label_fraction:g}"
+        return f"{self.protocol}-{self.variant}-f{fraction}-d{self.draw}-s{self.seed}"
+
+
+PREDICTIONS_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("fold", pa.string(), nullable=False),
+        pa.field("repeat", pa.int16(), nullable=False),
+        pa.field("draw", pa.int16(), nullable=False),
+        pa.field("label", pa.int16(), nullable=False),
+        pa.field("scores", pa.list_(pa.float32()), nullable=False),  # one probability a class, in the order of classes
+    ],
+    metadata={"panfm_predictions": "1"},
+)
+
+
+def make_folder_name(name: str) -> str:
+    """Make an encoder's or task's name safe as a folder name; different names stay different by their characters."""
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", name).strip("._") or "_"
+
+
+def get_result_path(root: str | Path, result: Result) -> Path:
+    """Return where `result` lies under a results folder."""
+    return Path(root) / make_folder_name(result.task) / make_folder_name(result.encoder.name) / f"{result.stem}.json"
+
+
+def write_predictions(path: str | Path, predictions: pa.Table) -> str:
+    """Write predictions (PREDICTIONS_SCHEMA) atomically and return the file's SHA-256."""
+    with open_atomic(path) as file:
+        pq.write_table(predictions.cast(PREDICTIONS_SCHEMA), file)
+    return compute_file_sha256(path)
+
+
+def read_predictions(path: str | Path) -> pa.Table:
+    """Read a predictions file; one that is missing or of another layout is a UserError."""
+    try:
+        table = pq.read_table(path)
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: predictions cannot be read ({error}); run `panfm evaluate run` again") from None
+    if table.schema.names != PREDICTIONS_SCHEMA.names:
+        raise UserError(f"{path}: columns are {table.schema.names}; predictions v1 has {PREDICTIONS_SCHEMA.names}")
+    return table
+
+
+def get_scores(predictions: pa.Table) -> NDArray[np.float64]:
+    """Return the scores column as an array [N, K]."""
+    column = predictions.column("scores").combine_chunks()
+    flat = np.asarray(column.flatten(), dtype=np.float64)
+    return flat.reshape(len(predictions), -1)
+
+
+def write_result(root: str | Path, result: Result) -> Path:
+    """Write a Result atomically under `root` (its predictions must lie there already) and return its path."""
+    path = get_result_path(root, result)
+    assert (path.parent / result.predictions).is_file(), "predictions are written before their Result"
+    write_json(path, result.model_dump(mode="json"))
+    return path
+
+
+def read_result(path: str | Path) -> Result:
+    """Read one Result file; a damaged or foreign one is a UserError that names it."""
+    try:
+        return Result.model_validate(read_json(path))
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise UserError(f"{path}: not a Result v{RESULT_VERSION}: {key}: {fault['msg']}") from None
+
+
+def read_results(roots: Iterable[str | Path]) -> list[tuple[Path, Result]]:
+    """Read every Result below the given folders, sorted by path; none at all is a UserError."""
+    folders = [Path(root) for root in roots]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such results folder; `panfm evaluate run --out {folder}` makes one")
+    paths = sorted(path for folder in folders for path in folder.rglob("*.json"))
+    if not paths:
+        raise UserError(f"{', '.join(map(str, folders))}: no result files; run `panfm evaluate run` first")
+    return [(path, read_result(path)) for path in paths]
