@@ -131,6 +131,9 @@ def _known_keys(kind: Any, location: tuple[int | str, ...]) -> list[str]:
             if is_dataclass(candidate) and str(part) in {f.name for f in fields(candidate)}:
                 kind = candidate.__annotations__[str(part)]
                 break
+            if str(part) in getattr(candidate, "model_fields", {}):
+                kind = candidate.model_fields[str(part)].annotation
+                break
     for candidate in [kind, *getattr(kind, "__args__", ())]:
         if is_dataclass(candidate):
             return [f.name for f in fields(candidate)]

@@ -75,3 +75,8 @@ def track(items: Iterable[Item], description: str, total: int | None = None, *, 
         for item in items:
             yield item
             advance()
+
+
+def print_output(renderable: object) -> None:
+    """Print a rich table or text to standard output: a command's result, where progress goes to standard error."""
+    Console().print(renderable)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from panfm.shards.schema import MODALITIES
 
-MODALITY_NUMBER = {modality: number for number, modality in enumerate(MODALITIES)}
+MODALITY_NUMBER: dict[str, int] = {modality: number for number, modality in enumerate(MODALITIES)}
 NO_GROUP = -1
 
 

@@ -1,0 +1,22 @@
+"""The library's public face: three lines from an address to features.
+
+from panfm.encoder import load_encoder
+encoder = load_encoder("panfm:DIR")
+features = encoder.embed(["a.jpg", "b.png"])  # float32 [2, D]
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from panfm.encoder.load import Encoder, load_encoder
+
+__all__ = ["Encoder", "load_encoder"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that reading encoder.facts (plain JSON) does not load torch and timm.
+    if name in __all__:
+        from panfm.encoder import load
+
+        return getattr(load, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

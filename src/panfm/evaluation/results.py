@@ -3,6 +3,8 @@
     results/<task>/<encoder>/<protocol>-<variant>-f<label_fraction>-d<draw>-s<seed>.json      one Result
     results/<task>/<encoder>/<the same>.parquet                                               its predictions
 
+Results on development folds end in `-development`: they choose recipes and stand beside those on test folds.
+
 The predictions are written first, the Result last and atomically: a Result that exists is whole, and a second run skips
 it. An undefined metric is null with a reason, never 0.
 """
@@ -91,7 +93,8 @@ class Result(BaseModel):
     def stem(self) -> str:
         """File name without extension: unique inside results/<task>/<encoder>/."""
         fraction = f"{self.label_fraction:g}"
-        return f"{self.protocol}-{self.variant}-f{fraction}-d{self.draw}-s{self.seed}"
+        ending = "-development" if self.evaluated_on == "development" else ""
+        return f"{self.protocol}-{self.variant}-f{fraction}-d{self.draw}-s{self.seed}{ending}"
 
 
 PREDICTIONS_SCHEMA = pa.schema(

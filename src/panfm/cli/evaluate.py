@@ -1,0 +1,62 @@
+"""`panfm evaluate`: encoders x tasks x protocols x label fractions -> Result files."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure frozen and fine-tuned encoders on tasks.", no_args_is_help=True)
+
+
+def _names(text: str) -> str | list[str]:
+    return text if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+
+
+@app.command("run")
+def run(
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one.")] = "default",
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value pairs that change the config.")] = None,
+    encoder: Annotated[list[str] | None, typer.Option(help="Encoder address; repeat for several.")] = None,
+    shards: Annotated[list[Path] | None, typer.Option(help="Shard set; repeat for several.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="all, or names separated by commas.")] = None,
+    protocols: Annotated[str | None, typer.Option(help="linear_probe,knn,finetune")] = None,
+    fractions: Annotated[str | None, typer.Option(help="Shares of training patients with labels: 0.1,1.0")] = None,
+    task_dir: Annotated[Path | None, typer.Option(help="Folder with task cards of your own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
+) -> None:
+    """Evaluate encoders; what exists already is skipped, a failing task does not stop the others (exit code 1).
+
+    Example: panfm evaluate run --encoder panfm:exports/first --shards shards/synthetic --tasks all --out results
+    """
+    from panfm.config import load_config
+    from panfm.evaluation.run import EvaluateConfig, run_evaluation
+
+    given: dict[str, object] = {
+        "encoders": encoder,
+        "shards": [str(path) for path in shards] if shards else None,
+        "tasks": _names(tasks) if tasks else None,
+        "protocols": _names(protocols) if protocols else None,
+        "fractions": [float(value) for value in _names(fractions)] if fractions else None,
+        "task_dir": str(task_dir) if task_dir else None,
+        "out": str(out) if out else None,
+    }
+    import json
+
+    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    settings = load_config(EvaluateConfig, config, [*(overrides or ()), *options], folder="configs/evaluate")
+    summary = run_evaluation(settings)
+    typer.echo(str(summary))
+    raise typer.Exit(1 if summary.failures else 0)
+
+
+@app.command("list")
+def list_all(task_dir: Annotated[Path | None, typer.Option(help="Folder with task cards of your own.")] = None) -> None:
+    """List the known tasks.
+
+    Example: panfm evaluate list
+    """
+    from panfm.evaluation.tasks import list_tasks, load_task
+
+    for name in list_tasks(task_dir):
+        card = load_task(name, task_dir)
+        typer.echo(f"{name:<40} {card.source:<18} {len(card.classes)} classes  {card.title}")

@@ -1,0 +1,30 @@
+"""`panfm leaderboard build`: Result files become one static page and its tables."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="The board: a pure function of Result files.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `build` a sub-command although it is the only one yet."""
+
+
+@app.command("build")
+def build(
+    results: Annotated[list[Path], typer.Argument(help="Results folders, as `panfm evaluate run --out` wrote them.")],
+    out: Annotated[Path, typer.Option(help="Folder for leaderboard.html, .md, .csv and .json.")] = Path("leaderboard"),
+) -> None:
+    """Build leaderboard.html, leaderboard.md, leaderboard.csv and leaderboard.json; equal inputs give equal bytes.
+
+    Example: panfm leaderboard build results --out leaderboard
+    """
+    from panfm.evaluation.leaderboard import build_leaderboard, format_table
+    from panfm.progress import print_output
+
+    summary = build_leaderboard(results, out)
+    print_output(format_table(summary))
+    typer.echo(f"{out / 'leaderboard.html'}: open it in a browser")

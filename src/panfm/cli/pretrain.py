@@ -1,0 +1,38 @@
+"""`panfm pretrain`: train an encoder; the same command on one process and under torchrun."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one: debug_cpu.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key.sub=value pairs that change the config, for example optim.base_lr=1e-3"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the config>.")] = None,
+    resume: Annotated[
+        str,
+        typer.Option(help="auto: go on from the newest whole checkpoint in the run folder; never: refuse one there."),
+    ] = "auto",
+) -> None:
+    """Pretrain an encoder on shards; the test groups of every known task are kept out (data.exclude).
+
+    Example: panfm pretrain debug_cpu data.shards='[shards/synthetic]' --out runs/first
+
+    On several processes: torchrun --nproc_per_node=2 -m panfm pretrain debug_cpu ...
+    """
+    from panfm.config import load_config
+    from panfm.evaluation.splits import compute_excluded
+    from panfm.shards.index import open_shard_set
+    from panfm.training.pretrain import PretrainConfig, pretrain
+
+    settings = load_config(PretrainConfig, config, overrides or (), folder="configs/pretrain")
+    # The evaluation room knows which groups are tested on, the training room must not see them: both meet here.
+    shard_sets = [open_shard_set(path) for path in settings.data.shards]
+    excluded = compute_excluded(settings.data.exclude.tasks, shard_sets)
+    folder = out or Path("runs") / Path(config).stem
+    summary = pretrain(settings, out=folder, excluded=excluded, resume=resume)
+    raise typer.Exit(summary.exit_code)

@@ -1,0 +1,33 @@
+"""The last step of the way: Result files in, one static page and its tables out.
+
+    results/ --verify--> standings --report--> leaderboard.html, leaderboard.md, leaderboard.csv, leaderboard.json
+
+A pure function of its inputs: the same Results give the same bytes, wherever and whenever it runs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from panfm.evaluation.report import format_table, render_csv, render_json, render_markdown, render_page
+from panfm.evaluation.standings import LeaderboardSummary, compute_standings
+from panfm.files import write_text
+
+__all__ = ["LeaderboardSummary", "build_leaderboard", "format_table"]
+
+
+def build_leaderboard(result_roots: Sequence[Path], out: Path) -> LeaderboardSummary:
+    """Build the board of all Results below `result_roots` in the folder `out` and return what it shows.
+
+    Everything is computed before the first file is written. Raises UserError for Results that cannot be trusted or
+    compared (see `verify`), naming the file.
+    """
+    summary = compute_standings(result_roots)
+    texts = {
+        "leaderboard.json": render_json(summary),
+        "leaderboard.csv": render_csv(summary),
+        "leaderboard.md": render_markdown(summary),
+        "leaderboard.html": render_page(summary),
+    }
+    for name, text in texts.items():
+        write_text(Path(out) / name, text)
+    return summary

@@ -1,0 +1,355 @@
+"""Splits: which group of a task trains, validates or tests, which have labels, and what pretraining must not see.
+
+    TaskCard + ShardSet -> Split (one fold a row, one fold a group)
+    Split + fraction + draw -> the labelled groups         tasks + shard sets -> test groups kept out of pretraining
+
+A group (patient, else lesion, else slide) lies in one fold: a split that cuts a group is refused. Runs without torch.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from panfm.errors import UserError
+from panfm.evaluation.tasks import (
+    FOLDS,
+    CommittedSplit,
+    OfficialSplit,
+    RuleSplit,
+    TaskCard,
+    TaskRows,
+    list_tasks,
+    load_task,
+    select_rows,
+)
+from panfm.files import compute_json_hash, list_resources, open_atomic
+from panfm.shards.cards import load_card
+from panfm.shards.index import ShardSet
+
+SPLIT_FOLDER = "evaluation/splits"
+SPLIT_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("fold", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),  # the name of the class
+    ],
+    metadata={"panfm_split": "1"},
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A task's rows in a shard set, each in a fold. All arrays run over the same N images, sorted by key.
+
+    rows: int64 [N], row numbers in the shard set's table. keys, groups, folds: [N] text. labels: int64 [N], place in
+    the card's classes. hash: of (source, key, group, fold, class) of all images: equal splits, equal hashes.
+    group_kind: patient, lesion, slide or sample (= groups unknown). notes: what was left out, in words, with counts.
+    """
+
+    task: str
+    source: str
+    rows: NDArray[np.int64]
+    keys: NDArray[np.str_]
+    groups: NDArray[np.str_]
+    labels: NDArray[np.int64]
+    folds: NDArray[np.str_]
+    group_kind: str
+    hash: str
+    notes: tuple[str, ...]
+
+    def find(self, *folds: str) -> NDArray[np.int64]:
+        """Return the places (not row numbers) of the images in one of `folds`: int64 [n]."""
+        return np.flatnonzero(np.isin(self.folds, folds)).astype(np.int64)
+
+
+def load_split(card: TaskCard, shard_set: ShardSet, task_dir: str | Path | None = None) -> Split:
+    """Put every labelled row of the task into a fold, as the card's `split` says.
+
+    Raises UserError where a group lies in two folds, a fold that the task needs is empty, or a committed split does
+    not fit the shards (other keys, groups or labels). Images without a fold are left out and counted in `notes`.
+    """
+    rows = select_rows(card, shard_set)
+    notes = []
+    if rows.num_unlabelled:
+        notes.append(f"{rows.num_unlabelled} images without the label {card.label}")
+    if rows.num_ignored:
+        notes.append(f"{rows.num_ignored} images with an ignored value of {card.label}")
+    if isinstance(card.split, CommittedSplit):
+        folds, more = _read_committed_folds(card, rows, find_split_file(card.name, task_dir))
+        notes += more
+    elif isinstance(card.split, OfficialSplit):
+        folds = _compute_official_folds(card.split, rows, shard_set)
+    else:
+        folds = _compute_rule_folds(card.split, rows.groups)
+
+    unassigned = int((folds == "").sum())
+    if unassigned:
+        notes.append(f"{unassigned} images without a fold")
+    order = np.argsort(rows.keys, kind="stable")
+    order = order[folds[order] != ""]
+    split = Split(
+        task=card.name,
+        source=card.source,
+        rows=rows.rows[order],
+        keys=rows.keys[order],
+        groups=rows.groups[order],
+        labels=rows.labels[order],
+        folds=folds[order],
+        group_kind=rows.group_kind,
+        hash=_compute_split_hash(card, rows, folds, order),
+        notes=tuple(notes),
+    )
+    _check_groups(card, split)
+    for fold in ("train", "test"):
+        if len(split.find(fold)) == 0:
+            raise UserError(
+                f"task {card.name} on {shard_set.path}: no image in the fold {fold!r} (split: {card.split.kind}); "
+                f"check the card's split against the shards, or use more images"
+            )
+    return split
+
+
+def find_split_file(name: str, task_dir: str | Path | None = None) -> Path:
+    """Find a committed split: in the user's `task_dir` (or its splits/), then among the shipped ones."""
+    if task_dir is not None:
+        for folder in (Path(task_dir), Path(task_dir) / "splits"):
+            if (folder / f"{name}.parquet").is_file():
+                return folder / f"{name}.parquet"
+    shipped = list_resources(SPLIT_FOLDER, ".parquet")
+    if name not in shipped:
+        raise UserError(
+            f"task {name}: split is committed, but no {name}.parquet lies in {SPLIT_FOLDER} or the task folder; "
+            f"write one with panfm.evaluation.splits.write_split, or use split: {{kind: rule}} in the card"
+        )
+    return shipped[name]
+
+
+def read_split_table(path: str | Path) -> pa.Table:
+    """Read a split parquet (SPLIT_SCHEMA); a damaged or foreign file, or an unknown fold, is a UserError."""
+    try:
+        table = pq.read_table(path)
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: split cannot be read ({' '.join(str(error).split())})") from None
+    if table.schema.names != SPLIT_SCHEMA.names:
+        raise UserError(f"{path}: columns are {table.schema.names}; a split has {SPLIT_SCHEMA.names}")
+    unknown = sorted(set(table.column("fold").to_pylist()) - set(FOLDS))
+    if unknown:
+        raise UserError(f"{path}: unknown fold {unknown[0]!r}; a fold is one of {', '.join(FOLDS)}")
+    return table
+
+
+def write_split(path: str | Path, card: TaskCard, split: Split) -> None:
+    """Write a split as parquet, atomically, sorted by key: what is committed for everybody's shards.
+
+    Only for sources with public identifiers: under a secret key nobody else's shards have these keys.
+    """
+    table = pa.table(
+        {
+            "source": [card.source] * len(split.keys),
+            "key": split.keys.tolist(),
+            "group": split.groups.tolist(),
+            "fold": split.folds.tolist(),
+            "label": [card.classes[label] for label in split.labels],
+        },
+        schema=SPLIT_SCHEMA,
+    )
+    with open_atomic(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def compute_label_subset(
+    labels: NDArray[np.int64], groups: NDArray[np.str_], *, fraction: float, draw: int, task: str, split_hash: str
+) -> NDArray[np.int64]:
+    """Choose the images whose labels may be used: `fraction` of the GROUPS. Returns places, int64 [n], sorted.
+
+    Each draw is one fixed order of all groups, and a fraction is a prefix of it: subsets of one draw are nested. The
+    order is stratified: a group counts for its rarest class (by groups in training), each class's groups are shuffled
+    by a hash of (task, split, draw, group) and spread evenly over the order; one group of every class comes first, so
+    that even 1 % has each class wherever a class is the rarest of some group.
+
+    labels: int64 [N]; groups: [N]. draw: number of the draw, from 0. fraction in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"label fraction {fraction:g}: it must be above 0 and at most 1, for example 0.1")
+    if fraction == 1:
+        return np.arange(len(labels), dtype=np.int64)
+    names, group_of = np.unique(groups, return_inverse=True)
+    class_of = _compute_group_classes(labels, group_of, len(names))
+    ticket = np.array([_hash_number("labels", task, split_hash, str(draw), str(name)) for name in names])
+
+    place = np.empty(len(names))  # in (0, 1): where in its class's shuffled order a group stands; -1 = first of all
+    for number in np.unique(class_of):
+        members = np.flatnonzero(class_of == number)
+        shuffled = members[np.argsort(ticket[members], kind="stable")]
+        place[shuffled] = (np.arange(len(members)) + 0.5) / len(members)
+        place[shuffled[0]] = -1
+    order = np.lexsort((ticket, place))
+    num_groups = max(round(fraction * len(names)), len(np.unique(class_of)))
+    chosen = np.zeros(len(names), dtype=bool)
+    chosen[order[:num_groups]] = True
+    return np.flatnonzero(chosen[group_of]).astype(np.int64)
+
+
+def compute_excluded(
+    tasks: Literal["all", "none"] | Sequence[str],
+    shard_sets: Sequence[ShardSet],
+    task_dir: str | Path | None = None,
+) -> dict[str, frozenset[str]]:
+    """Find the groups that pretraining must not see: the test groups, and only those, of the named tasks.
+
+    tasks: names, "all" known tasks, or "none". Returns source -> group ids, for every source among `shard_sets`.
+    A patient is one patient in every source that shares its identifiers (one namespace in their cards): test groups of
+    a task on photographs are also kept out of the slides, and those of an absent source out of the ones present.
+
+    Raises UserError where a task's test groups cannot be told, for example because a committed split names none of the
+    shards' keys: leaving them in silently would spoil every later number.
+    """
+    excluded: dict[str, set[str]] = {shard_set.source: set() for shard_set in shard_sets}
+    if tasks == "none":
+        return {source: frozenset() for source in excluded}
+    if isinstance(tasks, str) and tasks != "all":
+        raise UserError(f"data.exclude.tasks ({tasks!r}): it must be all, none, or a list of task names")
+    groups_of = {id(shard_set): frozenset(_get_groups(shard_set)) for shard_set in shard_sets}
+    for name in list_tasks(task_dir) if tasks == "all" else tasks:
+        card = load_task(name, task_dir)
+        own = [shard_set for shard_set in shard_sets if shard_set.source == card.source]
+        if own:
+            namespace = own[0].card.namespace
+            test: set[str] = set()
+            for shard_set in own:
+                split = load_split(card, shard_set, task_dir)
+                test.update(split.groups[split.find("test")].tolist())
+        else:
+            try:
+                namespace = load_card(card.source).namespace
+            except UserError:  # a task of somebody whose source card is not here: no shard set can share its patients
+                continue
+            test = set()
+        for shard_set in shard_sets:
+            if shard_set.card.namespace != namespace:
+                continue
+            groups = groups_of[id(shard_set)]
+            excluded[shard_set.source] |= groups & (test if own else _find_absent_test_groups(card, groups, task_dir))
+    return {source: frozenset(groups) for source, groups in excluded.items()}
+
+
+def _find_absent_test_groups(card: TaskCard, groups: frozenset[str], task_dir: str | Path | None) -> set[str]:
+    """Which of `groups` test in a task whose own shards are not at hand but whose patients these are."""
+    if isinstance(card.split, CommittedSplit):
+        table = read_split_table(find_split_file(card.name, task_dir))
+        pairs = zip(table.column("group").to_pylist(), table.column("fold").to_pylist(), strict=True)
+        return {group for group, fold in pairs if fold == "test"}
+    if isinstance(card.split, RuleSplit):
+        names = np.array(sorted(groups), dtype=np.str_)
+        return set(names[_compute_rule_folds(card.split, names) == "test"].tolist())
+    raise UserError(
+        f"task {card.name}: its test patients are those of source {card.source}, which shares patients with the shards "
+        f"given but is not among them; add its shards, or leave the task out of data.exclude.tasks"
+    )
+
+
+def _get_groups(shard_set: ShardSet) -> list[str]:
+    return shard_set.table.column("group_id").unique().to_pylist()  # type: ignore[no-any-return]
+
+
+def _hash_number(*parts: str) -> int:
+    """A 64-bit number that depends on the parts alone (0 separates them; no part contains it)."""
+    digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def _compute_rule_folds(split: RuleSplit, groups: NDArray[np.str_]) -> NDArray[np.str_]:
+    """Fold of each group: its hash in [0, 1) below test_share tests, the next val_share validates, the rest trains."""
+    fold_of: dict[str, str] = {}
+    for group in np.unique(groups).tolist():
+        place = _hash_number("split", str(split.seed), group) / 2**64
+        fold_of[group] = (
+            "test" if place < split.test_share else "val" if place < split.test_share + split.val_share else "train"
+        )
+    return np.array([fold_of[group] for group in groups.tolist()], dtype="<U5")
+
+
+def _compute_official_folds(split: OfficialSplit, rows: TaskRows, shard_set: ShardSet) -> NDArray[np.str_]:
+    fold_of: Mapping[str | None, str] = {
+        **dict.fromkeys(split.train, "train"),
+        **dict.fromkeys(split.val, "val"),
+        **dict.fromkeys(split.test, "test"),
+    }
+    values = shard_set.table.column("official_split").take(pa.array(rows.rows)).to_pylist()
+    return np.array([fold_of.get(value, "") for value in values], dtype="<U5")
+
+
+def _read_committed_folds(card: TaskCard, rows: TaskRows, path: Path) -> tuple[NDArray[np.str_], list[str]]:
+    """Join the committed split to the rows by key; check that groups and classes are those it was made with."""
+    table = read_split_table(path).to_pydict()
+    if set(table["source"]) - {card.source}:
+        raise UserError(f"{path}: source is {table['source'][0]!r}; task {card.name} is on source {card.source!r}")
+    committed = {
+        key: (group, fold, label)
+        for key, group, fold, label in zip(table["key"], table["group"], table["fold"], table["label"], strict=True)
+    }
+    if len(committed) != len(table["key"]):
+        raise UserError(f"{path}: {len(table['key']) - len(committed)} keys stand twice; each image has one fold")
+    present = set(rows.keys.tolist())
+    missing = Counter(fold for key, (_, fold, _) in committed.items() if key not in present)
+    if missing.total() == len(committed):
+        raise UserError(
+            f"task {card.name}: none of the {len(committed)} keys of {path} is among the shards' {len(present)} images "
+            f"of source {card.source}; build the shards with the shipped source card (identifiers: public)"
+        )
+    folds = []
+    for key, group, label in zip(rows.keys.tolist(), rows.groups.tolist(), rows.labels.tolist(), strict=True):
+        if key not in committed:
+            folds.append("")
+            continue
+        expected_group, fold, expected_class = committed[key]
+        if group != expected_group:
+            raise UserError(
+                f"{path}: image {key} is of group {expected_group}, in the shards of group {group}; "
+                f"build the shards with the source card that the split was made with"
+            )
+        if card.classes[label] != expected_class:
+            raise UserError(
+                f"{path}: image {key} is {expected_class!r}, in the shards {card.classes[label]!r}; "
+                f"the labels or the card changed: raise the card's version and write the split again"
+            )
+        folds.append(fold)
+    counts = ", ".join(f"{missing[fold]} {fold}" for fold in FOLDS if missing[fold])
+    notes = [f"{missing.total()} of {len(committed)} images of the split are not in the shards ({counts})"]
+    return np.array(folds, dtype="<U5"), notes if missing else []
+
+
+def _compute_split_hash(card: TaskCard, rows: TaskRows, folds: NDArray[np.str_], order: NDArray[np.int64]) -> str:
+    columns = (rows.keys, rows.groups, folds)
+    classes = [card.classes[label] for label in rows.labels[order]]
+    return compute_json_hash([card.source, *(column[order].tolist() for column in columns), classes])
+
+
+def _check_groups(card: TaskCard, split: Split) -> None:
+    fold_of: dict[str, str] = {}
+    for group, fold in zip(split.groups.tolist(), split.folds.tolist(), strict=True):
+        if fold_of.setdefault(group, fold) != fold:
+            raise UserError(
+                f"task {card.name}: {split.group_kind} {group} lies in the folds {fold_of[group]} and {fold}; "
+                f"a {split.group_kind} belongs to one fold: repair the split ({card.split.kind})"
+            )
+
+
+def _compute_group_classes(labels: NDArray[np.int64], group_of: NDArray[np.intp], num_groups: int) -> NDArray[np.int64]:
+    """The class that each group counts for: of those it has, the one that fewest groups have (ties: the later one)."""
+    num_classes = int(labels.max()) + 1
+    has = np.zeros((num_groups, num_classes), dtype=bool)
+    has[group_of, labels] = True
+    rarity = np.lexsort((-np.arange(num_classes), has.sum(axis=0)))  # classes, rarest first
+    first = has[:, rarity].argmax(axis=1)
+    return np.asarray(rarity[first], dtype=np.int64)

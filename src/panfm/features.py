@@ -1,0 +1,248 @@
+"""Frozen features of an encoder on a shard set, computed once: encoder x rows -> Features [N, D] on disk.
+
+    CACHE/<encoder hash>-<data hash>/ {part-*.bin while it runs; then features.npy, manifest.json last}
+
+The key is content: encoder hash (weights, config, transform, pooling, dtype, code version) x data hash (ordered key and
+sha256 of the rows). What lies in the folder is believed by the hashes of its bytes, never by its name: a damaged cache
+is computed again. A killed run goes on from its last whole part and ends with the values of an unbroken one.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from panfm.encoder.embedding import iterate_features
+from panfm.encoder.load import Encoder
+from panfm.errors import UserError
+from panfm.files import compute_file_sha256, compute_sha256, open_atomic, read_json, write_bytes, write_json
+from panfm.progress import console, progress_bar
+from panfm.shards.index import ShardSet, compute_data_hash
+
+FEATURES_FORMAT = 1
+PART_ROWS = 512  # rows that a kill can cost; a part of ViT-S features is 0.8 MB
+DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of some rows of a shard set; `values` may be a read-only memory map."""
+
+    keys: tuple[str, ...]
+    values: NDArray[np.float32]  # [N, D]
+    rows: NDArray[np.int64]  # [N], rows of the shard set's table
+    encoder_hash: str
+    data_hash: str
+
+
+def compute_features(
+    encoder: Encoder,
+    shard_set: ShardSet,
+    rows: Sequence[int] | NDArray[np.integer] | None = None,
+    *,
+    cache_dir: str | Path,
+    batch_size: int = 64,
+    workers: int = 1,
+) -> Features:
+    """Compute, or read from the cache, the features of `rows` (None: every row) in the order given.
+
+    A subset is read from the cache of the whole set where that exists; otherwise the subset alone is computed, and
+    cached under its own data hash. Two processes that want the same features compute them once: the second waits.
+    Values do not depend on where a run was interrupted; between batch sizes they differ by rounding (about 1e-6).
+
+    workers: threads that decode ahead of the forward pass; 0 decodes in between.
+
+    Raises UserError for an image that is not what the index says or does not decode, naming shard and key.
+    """
+    assert batch_size >= 1, batch_size
+    numbers = np.arange(shard_set.num_samples) if rows is None else np.asarray(rows, dtype=np.int64)
+    assert numbers.ndim == 1 and (numbers.size == 0 or 0 <= numbers.min() <= numbers.max() < shard_set.num_samples)
+    columns = shard_set.table.select(["key", "sha256", "shard"]).take(pa.array(numbers))
+    keys, sha256s = columns["key"].to_pylist(), columns["sha256"].to_pylist()
+    wanted = _Identity(encoder.hash, compute_data_hash(keys, sha256s), len(keys), encoder.embed_dim)
+    if not keys:
+        return _make_features(wanted, keys, np.empty((0, encoder.embed_dim), np.float32), numbers)
+
+    cache = Path(cache_dir)
+    values = _open_cache(cache, wanted)
+    if values is None and rows is not None:
+        whole = _open_cache(
+            cache, _Identity(encoder.hash, shard_set.compute_data_hash(), shard_set.num_samples, encoder.embed_dim)
+        )
+        values = None if whole is None else whole[numbers]
+    if values is None:
+        names = [
+            f"{shard_set.path / shard}: {key}" for shard, key in zip(columns["shard"].to_pylist(), keys, strict=True)
+        ]
+        readers = [
+            partial(_read_verified, shard_set, int(row), sha256, name)
+            for row, sha256, name in zip(numbers, sha256s, names, strict=True)
+        ]
+        with _locked(wanted.get_folder(cache)):
+            values = _open_cache(cache, wanted)  # another process may have written it while this one waited
+            if values is None:
+                _fill_cache(cache, wanted, encoder, shard_set.source, readers, names, batch_size, workers)
+                values = _open_cache(cache, wanted)
+        assert values is not None, f"the cache that was just written in {cache} does not read back"
+    return _make_features(wanted, keys, values, numbers)
+
+
+def write_features(
+    path: str | Path, keys: Sequence[str], values: NDArray[np.float32], facts: Mapping[str, str] | None = None
+) -> None:
+    """Write features as parquet, atomically: columns key (string) and feature (list of float32 [D]).
+
+    facts: strings for the file's metadata, such as the encoder's address and hash.
+    """
+    assert len(keys) == len(values), (len(keys), len(values))
+    schema = pa.schema([pa.field("key", pa.string(), False), pa.field("feature", pa.list_(pa.float32()), False)])
+    dim = values.shape[1]
+    with open_atomic(path) as file, pq.ParquetWriter(file, schema.with_metadata(dict(facts or {}))) as writer:
+        for start in range(0, len(keys), PART_ROWS):  # in pieces: a list column holds at most 2^31 numbers
+            block = np.ascontiguousarray(values[start : start + PART_ROWS], dtype=np.float32)
+            offsets = pa.array(np.arange(0, block.size + 1, dim, dtype=np.int32))
+            lists = pa.ListArray.from_arrays(offsets, pa.array(block.reshape(-1)))
+            writer.write_table(pa.table([pa.array(keys[start : start + PART_ROWS]), lists], schema=writer.schema))
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """What a cache must be of, in full; folder names hold a part of it."""
+
+    encoder_hash: str
+    data_hash: str
+    num_rows: int
+    embed_dim: int
+
+    def get_folder(self, cache: Path) -> Path:
+        return cache / f"{self.encoder_hash[:24]}-{self.data_hash[:24]}"
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"format": FEATURES_FORMAT, **self.__dict__}
+
+
+def _make_features(
+    identity: _Identity, keys: Sequence[str], values: NDArray[np.float32], rows: NDArray[np.int64]
+) -> Features:
+    return Features(tuple(keys), values, rows, identity.encoder_hash, identity.data_hash)
+
+
+def _open_cache(cache: Path, identity: _Identity) -> NDArray[np.float32] | None:
+    """Map a finished cache into memory if it is whole and of this identity, else None."""
+    folder = identity.get_folder(cache)
+    if not (folder / "manifest.json").is_file():
+        return None
+    try:
+        manifest = read_json(folder / "manifest.json")
+        if not identity.to_plain().items() <= manifest.items():
+            fault = "it is of another encoder, of other images or of another format"
+        elif compute_file_sha256(folder / "features.npy") != manifest["features_sha256"]:
+            fault = "features.npy is damaged"
+        else:
+            return np.load(folder / "features.npy", mmap_mode="r")  # type: ignore[no-any-return]
+    except (UserError, OSError, KeyError, AttributeError) as error:
+        fault = str(error)
+    console.print(f"{folder}: not used, {fault}; the features are computed again", highlight=False, soft_wrap=True)
+    return None
+
+
+def _fill_cache(
+    cache: Path,
+    identity: _Identity,
+    encoder: Encoder,
+    source: str,
+    readers: Sequence[partial[bytes]],
+    names: Sequence[str],
+    batch_size: int,
+    workers: int,
+) -> None:
+    """Compute the parts that are missing, join them, and write the manifest last."""
+    folder = identity.get_folder(cache)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    # Batches never cross a part, so that every batch has the same images whether or not the run was interrupted.
+    part_rows = batch_size * max(1, PART_ROWS // batch_size)
+    starts = range(0, identity.num_rows, part_rows)
+    seal = compute_sha256(f"{identity} {batch_size}".encode())
+    parts = {start: folder / f"part-{start:09d}.bin" for start in starts}
+    sizes = {start: min(part_rows, identity.num_rows - start) for start in starts}
+    todo = [start for start in starts if _read_part(parts[start], f"{seal} {start}", sizes[start], identity) is None]
+    missing = [row for start in todo for row in range(start, start + sizes[start])]
+
+    description = f"features of {source} by {encoder.name}"
+    with progress_bar(description, identity.num_rows, done=identity.num_rows - len(missing)) as advance:
+        batches = iterate_features(
+            encoder, [readers[row] for row in missing], [names[row] for row in missing], batch_size, workers
+        )
+        for start in todo:
+            blocks: list[NDArray[np.float32]] = []
+            while sum(map(len, blocks)) < sizes[start]:
+                blocks.append(next(batches))
+                advance(len(blocks[-1]))
+            _write_part(parts[start], f"{seal} {start}", np.concatenate(blocks))
+
+    with open_atomic(folder / "features.npy") as file:
+        shape = (identity.num_rows, identity.embed_dim)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for start in starts:
+            data = _read_part(parts[start], f"{seal} {start}", sizes[start], identity)
+            assert data is not None, f"{parts[start]} was written and does not read back"
+            file.write(data)
+    facts = {"features_sha256": compute_file_sha256(folder / "features.npy"), "encoder": encoder.name, "source": source}
+    write_json(folder / "manifest.json", {**identity.to_plain(), **facts})
+    for path in folder.glob("part-*"):  # those of another batch size and torn temporary files, too
+        path.unlink()
+
+
+def _write_part(path: Path, seal: str, values: NDArray[np.float32]) -> None:
+    data = np.ascontiguousarray(values, dtype="<f4").tobytes()
+    write_bytes(path, _compute_digest(seal, data) + data)
+
+
+def _read_part(path: Path, seal: str, num_rows: int, identity: _Identity) -> bytes | None:
+    """The float32 bytes of a part if it is whole and was computed for this identity and batch size, else None."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, data = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    whole = len(data) == num_rows * identity.embed_dim * 4 and digest == _compute_digest(seal, data)
+    return data if whole else None
+
+
+def _compute_digest(seal: str, data: bytes) -> bytes:
+    return hashlib.sha256(seal.encode() + data).digest()
+
+
+def _read_verified(shard_set: ShardSet, row: int, sha256: str, name: str) -> bytes:
+    data = shard_set.read_image(row)
+    if compute_sha256(data) != sha256:
+        raise UserError(f"{name}: its bytes are not those of the index: the shard is damaged; copy or build it again")
+    return data
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; it falls with the process that held it, however that ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(
+                f"{folder}: another process computes these features; waiting", highlight=False, soft_wrap=True
+            )
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

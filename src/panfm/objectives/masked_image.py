@@ -1,0 +1,158 @@
+"""Masked image modelling: hide patches, encode the visible ones, predict what the hidden ones hold.
+
+    EncodedView  ->  Decoder               ->  hidden pixels   against  compute_pixel_targets    ->  mean squared error
+                 ->  Regressor, TokenHead  ->  all tokens      against  compute_teacher_targets  ->  1 - cosine
+
+Losses run in float32 whatever the autocast.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from panfm.config import config_class
+from panfm.data.batch import Batch
+from panfm.data.masking import MaskConfig
+from panfm.models.heads import Decoder, Regressor, TokenHead
+from panfm.models.vit import TokenSplit, take_tokens
+from panfm.objectives.interface import EncodedView, ObjectiveOutput, ViewKey
+from panfm.objectives.targets import (
+    FrozenTeacherConfig,
+    PixelTargetConfig,
+    Teacher,
+    TeacherTargets,
+    compute_pixel_targets,
+    compute_teacher_targets,
+    widen,
+)
+
+TargetConfig = Annotated[PixelTargetConfig | FrozenTeacherConfig, Field(discriminator="kind")]
+
+
+@config_class
+class PredictorConfig:
+    """What predicts the target from the visible tokens: MAE's decoder for pixels, CAE v2's regressor for latents."""
+
+    depth: int = Field(default=4, ge=1)
+    """Number of blocks. MAE uses 8 and CAE v2 4; fewer cost less and leave more of the work to the encoder."""
+    width: int | None = Field(default=None, ge=4)
+    """Width of its tokens; None: the encoder's (CAE v2). MAE uses 512. A multiple of 4 and of num_heads."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Attention heads; None: one for each 64 of the width."""
+    layer_scale: float = Field(default=0.1, gt=0.0)
+    """Initial factor of the regressor's residual branches (CAE v2 Base: 0.1); the decoder has none."""
+
+
+@config_class
+class MaskedImageConfig:
+    """Hide patches of view 0 and predict them."""
+
+    kind: Literal["masked_image"] = "masked_image"
+    weight: float = Field(default=1.0, gt=0.0)
+    """Factor of this loss in the sum."""
+    mask: MaskConfig = MaskConfig(kind="block", ratio=0.5)
+    """What is hidden; the same for all masked objectives of a run, which share one encoding. MAE: random, 0.75."""
+    target: TargetConfig
+    """What is predicted."""
+    predictor: PredictorConfig = PredictorConfig()
+    """What predicts it."""
+
+
+class MaskedPixels(nn.Module):
+    """MAE (He et al., CVPR 2022): mean squared error of hidden patches.
+
+    loss = sum over hidden patches of mean((prediction - target)^2) / number of hidden patches in the batch
+    """
+
+    view_keys = (ViewKey(view=0, masked=True),)
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        patch_size: tuple[int, int],
+        pixel_normalise: Callable[[Tensor], Tensor],
+        *,
+        patch_normalise: bool,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.patch_size = patch_size
+        self.pixel_normalise = pixel_normalise
+        self.patch_normalise = patch_normalise
+
+    def forward(self, views: tuple[EncodedView, ...], batch: Batch | None = None) -> ObjectiveOutput:
+        """One encoded view -> loss; without a hidden patch the loss is 0, with its gradient path in place."""
+        (view,) = views
+        assert view.split is not None, "masked_image needs masks in the batch"
+        with torch.no_grad():
+            targets = compute_pixel_targets(
+                view.images,
+                view.split.hidden,
+                self.patch_size,
+                self.pixel_normalise,
+                patch_normalise=self.patch_normalise,
+            )
+        predictions = self.decoder(view.tokens, view.split)  # [B, H, p * p * 3]
+        with torch.autocast(predictions.device.type, enabled=False):
+            loss = (widen(predictions) - targets).square().sum() / max(1, targets.numel())
+        return ObjectiveOutput(loss, {"loss": loss.detach()})
+
+
+class MaskedLatents(nn.Module):
+    """CAE v2 (Zhang et al., TMLR 2023) and PanDerm: align every token of the student with a frozen teacher's.
+
+        loss = mean over the batch and over [CLS, visible, hidden] of 1 - cos(prediction, target)
+
+    CLS is aligned with the teacher's CLS or, where it has none (a CNN), with the mean of its map, and counts as one
+    token. A student without CLS aligns its patches only.
+    """
+
+    view_keys = (ViewKey(view=0, masked=True),)
+
+    def __init__(
+        self,
+        regressor: Regressor,
+        head: TokenHead,
+        teacher: Teacher,
+        grid: tuple[int, int],
+        normalise: Literal["none", "layer_norm"],
+        *,
+        has_cls: bool,
+    ) -> None:
+        super().__init__()
+        self.regressor = regressor
+        self.head = head
+        self.teacher = (teacher,)  # in a tuple, so that it is no submodule: not trained, wrapped, moved or saved
+        self.grid = grid
+        self.normalise = normalise
+        self.has_cls = has_cls
+
+    def forward(self, views: tuple[EncodedView, ...], batch: Batch | None = None) -> ObjectiveOutput:
+        """One encoded view -> loss, and the mean cosine of whole image, visible and hidden tokens."""
+        (view,) = views
+        split = view.split
+        assert split is not None, "masked_image needs masks in the batch"
+        targets = compute_teacher_targets(self.teacher[0], view.images, self.grid, self.normalise)
+        tokens = self.regressor(view.tokens, split)  # [B, prefix + visible + hidden, width]
+        if view.num_prefix > self.has_cls:  # registers have no target
+            tokens = torch.cat([tokens[:, : int(self.has_cls)], tokens[:, view.num_prefix :]], dim=1)
+        predictions = self.head(tokens)  # [B, cls + visible + hidden, D]
+        with torch.autocast(predictions.device.type, enabled=False):
+            cosines = F.cosine_similarity(widen(predictions), self._arrange(targets, split), dim=-1)
+            loss = (1 - cosines).mean()
+        return ObjectiveOutput(loss, {"loss": loss.detach(), **self._describe(cosines.detach(), split)})
+
+    def _arrange(self, targets: TeacherTargets, split: TokenSplit) -> Tensor:
+        """Targets in the order of the predictions: [CLS, visible, hidden]."""
+        patches = take_tokens(targets.patches, torch.cat([split.visible, split.hidden], dim=1))
+        return torch.cat([targets.whole.unsqueeze(1), patches], dim=1) if self.has_cls else patches
+
+    def _describe(self, cosines: Tensor, split: TokenSplit) -> dict[str, Tensor]:
+        """Mean cosine by kind of token; a kind that the config leaves without tokens has no entry."""
+        sizes = [int(self.has_cls), split.visible.shape[1], split.hidden.shape[1]]
+        parts = zip(("cosine_cls", "cosine_visible", "cosine_hidden"), cosines.split(sizes, dim=1), strict=True)
+        return {name: part.mean() for name, part in parts if part.shape[1]}

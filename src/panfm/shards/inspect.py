@@ -1,0 +1,144 @@
+"""A look at a finished shard set, by counts and by eye, before a GPU hour is spent on it.
+
+ShardSet -> summarise          -> Summary: counts by field, what is missing, sizes, groups
+         -> draw_contact_sheet -> one PNG of a seeded choice of images with their labels
+"""
+
+import io
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image, ImageDraw
+
+from panfm.errors import UserError
+from panfm.files import write_bytes
+from panfm.shards.index import ShardSet
+
+COUNTED = ("modality", "official_split", "sex", "anatomic_site", "institution", "device", "confirmed_by", "group_kind")
+MISSING_MATTERS = (
+    "patient_id",
+    "lesion_id",
+    "age",
+    "sex",
+    "anatomic_site",
+    "phototype_low",
+    "confirmed_by",
+    "visit_day",
+)
+UNKNOWN = "unknown"
+TILE = 128  # pixels of a picture on the contact sheet
+CAPTION = 26  # pixels of the two lines below it
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a shard set holds. A count is a mapping from value to number of images, most frequent first."""
+
+    source: str
+    title: str
+    licence: str
+    synthetic: bool
+    num_samples: int
+    num_bytes: int  # of all shards
+    num_shards: int
+    num_groups: int  # what splits may not cut through: patients, else lesions, slides or single images
+    num_with_mask: int
+    num_near_copies: int  # images whose perceptual hash an earlier image has too
+    counts: dict[str, dict[str, int]]  # field -> count
+    labels: dict[str, dict[str, int]]  # label name -> count, unlabelled images among them as "unknown"
+    phototypes: dict[str, int]  # "2", "2-3" where the source gives a range
+    missing: dict[str, int]  # field -> number of images that lack it
+    rejected: dict[str, int]  # reason -> number, from the build
+    short_sides: tuple[int, int, int]  # least, median and greatest short side in pixels
+    age_years: tuple[float, float, float] | None  # least, median, greatest; None if no age is known
+
+    def __str__(self) -> str:
+        """A page for the terminal: a line a field, values by number of images."""
+        marked = "SYNTHETIC, " if self.synthetic else ""
+        lines = [
+            f"{self.source}: {self.title} ({marked}{self.licence})",
+            f"{self.num_samples:,} images of {self.num_groups:,} groups in {self.num_shards} shards, "
+            f"{self.num_bytes / 1e6:,.1f} MB; {self.num_with_mask:,} with masks; "
+            f"{self.num_near_copies:,} share their perceptual hash with another",
+            f"short side in pixels: {self.short_sides[0]} to {self.short_sides[2]}, median {self.short_sides[1]}",
+        ]
+        if self.age_years is not None:
+            lines.append(f"age in years: {self.age_years[0]:g} to {self.age_years[2]:g}, median {self.age_years[1]:g}")
+        fields = {f"label {name}": values for name, values in self.labels.items()} | self.counts
+        for name, values in (fields | {"phototype": self.phototypes, "missing": self.missing}).items():
+            shown = {value: count for value, count in values.items() if count}
+            if shown and set(shown) != {UNKNOWN}:
+                lines.append(f"{name}: " + ", ".join(f"{value} {count:,}" for value, count in shown.items()))
+        if self.rejected:
+            lines.append("rejected: " + ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.items()))
+        return "\n".join(lines)
+
+
+def summarise(shard_set: ShardSet) -> Summary:
+    """Count a shard set's samples by everything that decides what it is good for."""
+    table = shard_set.table
+    labels: dict[str, Counter[str]] = {}
+    rows = [dict(pairs) for pairs in table["labels"].to_pylist()]
+    for name in sorted({name for row in rows for name in row}):
+        labels[name] = Counter(row.get(name, UNKNOWN) for row in rows)
+    phototypes = Counter(
+        UNKNOWN if low is None and high is None else str(low) if low == high else f"{low or '?'}-{high or '?'}"
+        for low, high in zip(table["phototype_low"].to_pylist(), table["phototype_high"].to_pylist(), strict=True)
+    )
+    sides = np.minimum(table["width"].to_numpy(), table["height"].to_numpy())
+    ages = table["age"].drop_null().to_numpy()
+    hashes = [value for value in table["phash"].to_pylist() if value is not None]
+    return Summary(
+        source=shard_set.source,
+        title=shard_set.card.title,
+        licence=shard_set.card.licence,
+        synthetic=shard_set.card.synthetic,
+        num_samples=shard_set.num_samples,
+        num_bytes=sum(shard["num_bytes"] for shard in shard_set.index["shards"]),
+        num_shards=len(shard_set.index["shards"]),
+        num_groups=len(pc.unique(table["group_id"])),
+        num_with_mask=shard_set.num_samples - table["mask_offset"].null_count,
+        num_near_copies=len(hashes) - len(set(hashes)),
+        counts={name: _count(table[name].to_pylist()) for name in COUNTED},
+        labels={name: dict(values.most_common()) for name, values in labels.items()},
+        phototypes=dict(sorted(phototypes.items())),
+        missing={name: table[name].null_count for name in MISSING_MATTERS},
+        rejected=dict(shard_set.index["num_rejected"]),
+        short_sides=(int(sides.min()), int(np.median(sides)), int(sides.max())),
+        age_years=(float(ages.min()), float(np.median(ages)), float(ages.max())) if len(ages) else None,
+    )
+
+
+def _count(values: list[str | None]) -> dict[str, int]:
+    return dict(Counter(UNKNOWN if value is None else value for value in values).most_common())
+
+
+def draw_contact_sheet(shard_set: ShardSet, path: str | Path, *, num_images: int = 48, seed: int = 0) -> Path:
+    """Draw a seeded choice of images with modality and first label as one PNG at `path`, and return the path.
+
+    It shows pixels of patients: it belongs where the shards belong.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path}: a contact sheet is a PNG; give it a name that ends in .png")
+    chosen = np.random.default_rng(seed).permutation(shard_set.num_samples)[:num_images]
+    columns = min(8, len(chosen))
+    lines = -(-len(chosen) // columns)
+    sheet = Image.new("RGB", (columns * TILE, lines * (TILE + CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, row in enumerate(chosen.tolist()):
+        left, top = place % columns * TILE, place // columns * (TILE + CAPTION)
+        with Image.open(io.BytesIO(shard_set.read_image(row))) as image:
+            picture = image.convert("RGB")
+        picture.thumbnail((TILE - 4, TILE - 4))
+        sheet.paste(picture, (left + (TILE - picture.width) // 2, top + (TILE - picture.height) // 2))
+        labels = dict(shard_set.table["labels"][row].as_py())
+        words = [shard_set.table["modality"][row].as_py(), next(iter(labels.values()), "no label")]
+        draw.multiline_text((left + 3, top + TILE), "\n".join(word[:20] for word in words), fill="black", spacing=1)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
+    return path

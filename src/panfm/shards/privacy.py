@@ -1,0 +1,300 @@
+"""What must not get through: raw ids become keyed hashes, image files lose everything but their pixels.
+
+    raw id + PseudonymKey    -> pseudonymise -> "p" + 16 hexadecimal characters
+    image bytes              -> clean_image  -> CleanImage: pixels upright in sRGB, no metadata of any kind
+
+Pseudonymous is not anonymous: whoever holds the key, or (for `identifiers: public`) the published id, can find a
+patient again. And pixels are not looked at: a face, a wristband or handwriting in the picture stays in the picture.
+"""
+
+import hmac
+import io
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+from panfm.errors import UserError
+from panfm.shards.quality import decode_image
+
+IdKind = Literal["patient", "lesion", "slide", "sample"]
+ID_PREFIX: dict[IdKind, str] = {"patient": "p", "lesion": "l", "slide": "s", "sample": "k"}
+JPEG_QUALITY = 95
+LOSSLESS_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
+
+
+# ------------------------------------------------------------------------------------------------ ids
+
+
+@dataclass(frozen=True)
+class PseudonymKey:
+    """The key of the hashes. `fingerprint` tells keys apart and says nothing about their secret."""
+
+    secret: bytes
+    kind: Literal["public", "private"]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal characters that two shard sets share if and only if their keys are the same."""
+        return hmac.digest(self.secret, b"panfm key fingerprint", "sha256").hex()[:16]
+
+    def __repr__(self) -> str:
+        return f"PseudonymKey({self.kind}, fingerprint={self.fingerprint})"  # a traceback must not print the secret
+
+
+# Published on purpose: ids of open data sets are no secret, and committed splits must match everybody's shards.
+PUBLIC_KEY = PseudonymKey(b"panfm public pseudonym key, version 1", "public")
+
+
+def load_key(path: str | Path, *, shard_folder: str | Path) -> PseudonymKey:
+    """Read a secret key file (64 hexadecimal characters, readable by its owner only).
+
+    Raises UserError where it is missing, malformed, readable by others, or inside the shard folder.
+    """
+    path = _check_outside(Path(path), Path(shard_folder))
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such key file; to make a new key there, once, set create_key: true (a new key gives every "
+            "patient a new id)"
+        ) from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        text = ""
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise UserError(
+            f"{path}: not a key file; it must hold 64 hexadecimal characters, as create_key: true writes them"
+        )
+    if path.stat().st_mode & 0o077:
+        raise UserError(f"{path}: others than its owner can read this key; run chmod 600 {path}")
+    return PseudonymKey(bytes.fromhex(text), "private")
+
+
+def create_key(path: str | Path, *, shard_folder: str | Path) -> PseudonymKey:
+    """Write a new random key to `path`, readable by its owner only, and return it; an existing key is read instead."""
+    path = _check_outside(Path(path), Path(shard_folder))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return load_key(path, shard_folder=shard_folder)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32) + "\n")
+    return load_key(path, shard_folder=shard_folder)
+
+
+def _check_outside(path: Path, shard_folder: Path) -> Path:
+    if path.resolve().is_relative_to(shard_folder.resolve()):
+        raise UserError(
+            f"{path}: the key lies inside the shard set {shard_folder}; whoever gets the shards would get the key, so "
+            "put it elsewhere"
+        )
+    return path
+
+
+def pseudonymise(key: PseudonymKey, namespace: str, kind: IdKind, raw_id: str) -> str:
+    """Hash a raw id: HMAC-SHA256 under the key, 64 bits of it, with a letter for its kind.
+
+    The same (key, namespace, kind, raw id) gives the same hash everywhere; ids of different kinds never meet.
+    """
+    message = "\0".join((namespace, kind, raw_id)).encode()
+    return ID_PREFIX[kind] + hmac.digest(key.secret, message, "sha256").hex()[:16]
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+@dataclass(frozen=True)
+class CleanImage:
+    """An image as a shard stores it. `image` holds the pixels that were checked, for hashing and masks."""
+
+    data: bytes
+    extension: Literal["jpg", "png"]
+    image: Image.Image
+    width: int
+    height: int
+    original_width: int  # upright, before shrinking
+    original_height: int
+    device: str | None  # camera make and model, the one thing that is read before EXIF goes
+
+
+def clean_image(data: bytes, *, min_side: int = 1, short_side: int | None = None) -> CleanImage:
+    """Strip an image file of everything but its pixels, and shrink it where its short side exceeds `short_side`.
+
+    EXIF orientation is applied, colours are converted from an embedded profile to sRGB, transparency is laid on
+    white, 16 bits become 8. A JPEG that needs none of this keeps its own compressed data, bit for bit; other lossless
+    files become PNG; whatever had to be changed and was photographic becomes a JPEG of quality 95 without chroma
+    subsampling.
+
+    Raises RejectedImageError (see quality.decode_image).
+    """
+    image, width, height = decode_image(data, min_side=min_side, short_side=short_side)
+    source_format, device, orientation = image.format, *_read_exif(image)
+    upright = _convert_to_srgb(image)
+    if orientation in TRANSPOSITIONS:
+        upright = upright.transpose(TRANSPOSITIONS[orientation])
+        if orientation >= 5:
+            width, height = height, width
+    if short_side is not None and min(width, height) > short_side:
+        scale = short_side / min(width, height)
+        size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
+        upright = upright.resize(size, Image.Resampling.LANCZOS)
+    stored: bytes | None = None
+    extension: Literal["jpg", "png"] = "jpg"
+    if upright is image and source_format == "JPEG":
+        stored = strip_jpeg(data)
+    if stored is None and source_format in LOSSLESS_FORMATS and upright.size == (width, height):
+        stored, extension = encode_image(upright, "png"), "png"
+    if stored is None:
+        stored = encode_image(upright, "jpg")
+    return CleanImage(stored, extension, upright, upright.width, upright.height, width, height, device)
+
+
+def encode_image(image: Image.Image, extension: Literal["jpg", "png"]) -> bytes:
+    """Encode pixels alone: PNG without loss, or JPEG of quality 95 at full chroma resolution."""
+    bare = image.copy()
+    bare.info = {}  # Pillow's writers would carry comments, profiles and text from here into the file
+    buffer = io.BytesIO()
+    if extension == "png":
+        bare.save(buffer, "PNG")
+    else:
+        bare.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+def strip_jpeg(data: bytes) -> bytes | None:
+    """Rebuild a JPEG from the segments that decoding needs; None where its structure is not plain enough for that.
+
+    Dropped: every APPn and COM segment wherever it stands, and everything behind the first end-of-image marker
+    (phones append previews and whole second photographs there). JFIF and Adobe markers tell decoders the colour
+    space, so bare ones are written in their place.
+    """
+    parts = [b"\xff\xd8"]
+    for marker, payload, scan in _iterate_segments(data):
+        if marker is None:
+            return None
+        if marker == 0xE0 and payload[:5] == b"JFIF\0":
+            parts.append(b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00")  # no thumbnail
+        elif marker == 0xEE and payload[:5] == b"Adobe" and len(payload) >= 12:
+            parts.append(b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + payload[11:12])  # the transform byte
+        elif marker in KEPT_MARKERS:
+            parts.append(bytes((0xFF, marker)) + (len(payload) + 2).to_bytes(2, "big") + payload + scan)
+    if len(parts) < 4:
+        return None
+    return b"".join(parts) + b"\xff\xd9"
+
+
+# Frames (SOF, without DHT, JPG and DAC, which share their range), tables, restart interval, scan, number of lines.
+KEPT_MARKERS = frozenset({*range(0xC0, 0xC8), *range(0xC9, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD})
+SCAN_END = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # a marker that is neither a stuffed 0xff nor a restart
+
+
+def _iterate_segments(data: bytes) -> Iterator[tuple[int | None, bytes, bytes]]:
+    """Yield (marker, payload, compressed data behind it) up to the end of the image; (None, b"", b"") on a fault."""
+    fault = (None, b"", b"")
+    if data[:2] != b"\xff\xd8":
+        yield fault
+        return
+    place = 2
+    while True:
+        while data[place : place + 2] == b"\xff\xff":  # fill bytes
+            place += 1
+        if data[place : place + 1] != b"\xff" or place + 2 > len(data):
+            yield fault
+            return
+        marker = data[place + 1]
+        if marker == 0xD9:
+            return
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        payload = data[place + 4 : place + 2 + length]
+        if length < 2 or len(payload) != length - 2:
+            yield fault
+            return
+        place += 2 + length
+        scan = b""
+        if marker == 0xDA:
+            end = SCAN_END.search(data, place)
+            stop = end.start() if end else len(data)
+            scan = data[place:stop]
+            place = stop
+            if end is None:  # the decoder got its last line without an end-of-image marker
+                yield marker, payload, scan
+                return
+        yield marker, payload, scan
+
+
+TRANSPOSITIONS: dict[int, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _read_exif(image: Image.Image) -> tuple[str | None, int]:
+    """Camera make and model, and the orientation, from EXIF; damaged EXIF counts as none."""
+    if not any(name in image.info for name in ("exif", "Raw profile type exif", "xmp")) and image.format != "TIFF":
+        return None, 1
+    try:
+        exif = image.getexif()
+        named = [exif.get(tag) for tag in (ExifTags.Base.Make, ExifTags.Base.Model)]
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+    except Exception:  # any: Pillow's EXIF parser raises what damaged bytes make it raise, and EXIF is optional
+        return None, 1
+    words = [_plain_words(value) for value in named if isinstance(value, str)]
+    device = " ".join(word for word in words if word) or None
+    return device, orientation if isinstance(orientation, int) else 1
+
+
+def _plain_words(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9 ._/()+-]+", " ", text).strip()[:40].strip()
+
+
+def _convert_to_srgb(image: Image.Image) -> Image.Image:
+    """8-bit L or RGB pixels in sRGB; the very same object where nothing had to be converted."""
+    profile = image.info.get("icc_profile")
+    if profile and image.mode in ("RGB", "CMYK", "L"):
+        converted = _apply_profile(image, profile)
+        if converted is not None:
+            return converted
+    if image.mode.startswith(("I", "F")):
+        return _scale_to_8_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """Convert from an embedded colour profile to sRGB; None where there is nothing to convert."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source) and image.mode == "RGB":
+            return None
+        target = ImageCms.createProfile("sRGB")
+        result = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None  # a damaged profile, or one for another colour space: viewers ignore those too
+    return result
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey (0 .. 65535) to 8 bits; 32-bit pixels are scaled by their own range, for they state none."""
+    pixels: Any = np.asarray(image).astype(np.float64)
+    if image.mode.startswith("I;16") or (image.mode == "I" and pixels.min() >= 0 and 255 < pixels.max() <= 65535):
+        scaled = pixels / 257.0
+    else:
+        low, high = float(pixels.min()), float(pixels.max())
+        scaled = (pixels - low) * (255.0 / (high - low)) if high > low else np.zeros_like(pixels)
+    return Image.fromarray(np.rint(scaled).astype(np.uint8))

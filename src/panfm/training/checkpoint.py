@@ -1,0 +1,226 @@
+"""Everything a bit-exact resume needs, in one folder that is either whole or not there.
+
+    run/checkpoints/step-00001234/
+        state/               every rank's part of weights and optimizer, written by the engine
+        training.json        step, samples_seen, loader state, world size, resolved config, code version
+        encoder.safetensors  the encoder alone, under timm's names
+        encoder.json         EncoderFacts: how to build it, feed it, and what it was trained on
+        manifest.json        SHA-256 and size of every file above, written last
+
+A checkpoint is written as `step-00001234.tmp`, flushed to disk and renamed after its manifest. The random state needs
+no file: the engine seeds every step from (seed, step, rank), the loader draws from (seed, salt, position).
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from safetensors.torch import save
+
+from panfm import __version__
+from panfm.config import config_class
+from panfm.distributed import barrier, broadcast_object, gather_objects, get_world_size, is_main
+from panfm.encoder.facts import EncoderFacts, SourceFacts, read_facts, write_facts
+from panfm.errors import UserError
+from panfm.files import compute_file_sha256, read_json, sync_folder, write_bytes, write_json
+from panfm.training.engine import Engine
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+# Config keys that may differ between a run and its resumption: they decide neither the weights nor the sample stream.
+# data.shards may move; what it holds is compared by data hash instead.
+FREE_KEYS = (
+    "checkpoint",
+    "monitor",
+    "tracking",
+    "data.shards",
+    "data.workers",
+    "data.prefetch",
+    "data.max_failed_share",
+    "engine.num_threads",
+)
+
+
+@config_class
+class CheckpointConfig:
+    """When a checkpoint is written and how many stay."""
+
+    save_every: int = Field(default=1000, ge=1)
+    """Steps between two checkpoints; one more is written at the end and on SIGTERM or SIGUSR1."""
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay; with 2, a torn disk still leaves one to go back to."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands: all that changes from step to step, besides weights and optimizer."""
+
+    step: int  # optimizer steps done
+    samples_seen: int
+    salt: int  # of the sample stream
+
+
+def write_checkpoint(
+    run: Path, engine: Engine, state: TrainingState, *, config: Mapping[str, Any], facts: EncoderFacts, keep_last: int
+) -> Path:
+    """Write a checkpoint of `run` at `state`; every rank must call it. Returns its folder.
+
+    `config` is the resolved config as plain values. A checkpoint that cannot be written is a UserError on every rank;
+    the ones before it stay, and nothing of it is left.
+    """
+    final = compute_folder(run, state.step)
+    temporary = final.with_name(final.name + ".tmp")
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+    barrier()
+    encoder_state = engine.copy_state(engine.encoder)
+    failure: str | None = None
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        failure = str(error)
+    # A rank that cannot write must not leave the others waiting, so what went wrong is collected from all of them.
+    if not any(gather_objects(failure)):
+        failure = engine.save(temporary)
+        if is_main() and failure is None:
+            try:
+                write_bytes(temporary / "encoder.safetensors", save(encoder_state))
+                write_facts(temporary / "encoder.json", facts)
+                training = {**asdict(state), "format": FORMAT, "world_size": get_world_size(), "config": dict(config)}
+                write_json(temporary / "training.json", {**training, "code_version": __version__})
+            except (OSError, RuntimeError) as error:
+                failure = f"{temporary}: {error}"
+    failures = [text for text in gather_objects(failure) if text]
+    if not failures and is_main():
+        failures = _complete(temporary, final)
+    failures = broadcast_object(failures)
+    if failures:
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"checkpoint of step {state.step} not written: {failures[0]}; the ones before it are whole: free some "
+            "space and start the same command again"
+        )
+    if is_main():
+        for old in list_checkpoints(run)[:-keep_last]:
+            shutil.rmtree(old)
+    barrier()
+    return final
+
+
+def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run (None: there is none), and a line about each newer one passed over."""
+    passed_over: list[str] = []
+    for folder in reversed(list_checkpoints(run)):
+        fault = check_checkpoint(folder)
+        if fault is None:
+            return folder, passed_over
+        passed_over.append(f"passing over {folder.name}: {fault}")
+    return None, passed_over
+
+
+def check_checkpoint(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file of its manifest must be there with its size and hash."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        files: dict[str, dict[str, Any]] = manifest["files"]
+    except (UserError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or damaged, so the checkpoint was never completed"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes, its manifest says {entry['size']}"
+        if compute_file_sha256(path) != entry["sha256"]:
+            return f"{name} is not what was written (its SHA-256 differs from the manifest)"
+    extra = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {*files, MANIFEST}
+    return f"{min(extra)} is not in the manifest" if extra else None
+
+
+def load_checkpoint(folder: Path, engine: Engine, config: Mapping[str, Any], facts: EncoderFacts) -> TrainingState:
+    """Bring `engine` to the state of a whole checkpoint; every rank must call it.
+
+    Raises UserError where the run that is about to go on differs from the one that was saved: another config key,
+    other shards, another number of ranks.
+    """
+    training = read_json(folder / "training.json")
+    if training["format"] != FORMAT:
+        raise UserError(
+            f"{folder}: format {training['format']}; this panfm reads {FORMAT}: use the panfm that wrote it"
+        )
+    if (difference := find_difference(training["config"], config)) is not None:
+        key, old, new = difference
+        raise UserError(
+            f"{folder}: {key} was {old!r} and is now {new!r}; a run resumes with the config it began with: set it "
+            "back, or start a new run with another --out"
+        )
+    saved_sources = [_identify(source) for source in read_facts(folder / "encoder.json").sources]
+    sources = [_identify(source) for source in facts.sources]
+    if saved_sources != sources:
+        saved, now = next(pair for pair in zip_longest(saved_sources, sources) if pair[0] != pair[1])
+        raise UserError(
+            f"{folder}: the samples changed since the run began: (source, num_kept, data_hash) was {saved} and is "
+            f"now {now}; resume with the same shards in the same order, or start a new run with another --out"
+        )
+    if training["world_size"] != get_world_size():
+        raise UserError(
+            f"{folder}: written by {training['world_size']} ranks, this run has {get_world_size()}; start it with "
+            f"--nproc_per_node and --nnodes that make {training['world_size']} ranks"
+        )
+    engine.load(folder)
+    return TrainingState(step=training["step"], samples_seen=training["samples_seen"], salt=training["salt"])
+
+
+def find_difference(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first config key, in order of `now`, whose value matters and differs: (key, saved value, new value)."""
+    for name in [*now, *(name for name in saved if name not in now)]:
+        key = f"{prefix}{name}"
+        if key in FREE_KEYS:
+            continue
+        old, new = saved.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            if (difference := find_difference(old, new, f"{key}.")) is not None:
+                return difference
+        elif old != new:
+            return key, old, new
+    return None
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, whole or not; unfinished `.tmp` folders are not among them."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.suffix != ".tmp")
+
+
+def compute_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def _identify(source: SourceFacts) -> tuple[str, int, str]:
+    return source.source, source.num_kept, source.data_hash[:12]
+
+
+def _complete(temporary: Path, final: Path) -> list[str]:
+    """Write the manifest of a folder whose files are all on disk, and give it its name; returns what went wrong."""
+    try:
+        files = {
+            str(path.relative_to(temporary)): {"sha256": compute_file_sha256(path), "size": path.stat().st_size}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
+            sync_folder(folder)
+        write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
+        if final.exists():
+            shutil.rmtree(final)  # torn or tampered, else the run would have resumed from it
+        temporary.rename(final)
+        sync_folder(final.parent)
+    except OSError as error:
+        return [f"{temporary}: {error}"]
+    return []

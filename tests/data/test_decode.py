@@ -1,0 +1,145 @@
+"""decode: every kind of image becomes the right RGB, a crop agrees with a full decode, damaged bytes say why."""
+
+import io
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from panfm.data.decode import DecodeError, compute_dct_scale, decode_crop, decode_rgb, load_crops, open_image
+
+Encode = Callable[..., bytes]
+
+
+def compute_psnr(first: np.ndarray, second: np.ndarray) -> float:
+    error = np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-12)))
+
+
+def resize_fully(data: bytes, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def draw_texture(seed: int, width: int, height: int) -> Image.Image:
+    """Detail at every scale down to a few pixels, as in a photograph."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3))
+    for step in (256, 64, 16, 4):
+        coarse = rng.integers(0, 256, (height // step + 2, width // step + 2, 3), dtype=np.uint8)
+        fine = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        total += np.asarray(fine, dtype=np.float64) * (step / 340) ** 0.5 / 2
+    return Image.fromarray(np.clip(total / 1.4, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
+
+
+def test_plain_kinds_decode_to_the_pixels_that_were_stored(make_picture: Callable, make_bytes: Encode) -> None:
+    picture = make_picture(1)
+    pixels = np.asarray(picture)
+    np.testing.assert_array_equal(decode_rgb(make_bytes(picture, "PNG")), pixels)
+    np.testing.assert_array_equal(decode_rgb(make_bytes(picture, "WEBP", lossless=True)), pixels)
+    for options in ({}, {"progressive": True}, {"subsampling": 0}):
+        assert compute_psnr(decode_rgb(make_bytes(picture, quality=95, **options)), pixels) > 35
+
+
+def test_greyscale_palette_and_sixteen_bits(make_picture: Callable, make_bytes: Encode) -> None:
+    grey = make_picture(2).convert("L")
+    expected = np.repeat(np.asarray(grey)[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(decode_rgb(make_bytes(grey, "PNG")), expected)
+    assert compute_psnr(decode_rgb(make_bytes(grey, "JPEG", quality=98)), expected) > 38
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    np.testing.assert_array_equal(decode_rgb(make_bytes(deep, "PNG")), expected)
+    palette = make_picture(2).quantize(64)
+    np.testing.assert_array_equal(decode_rgb(make_bytes(palette, "PNG")), np.asarray(palette.convert("RGB")))
+
+
+def test_transparency_lies_on_white(make_bytes: Encode) -> None:
+    layer = np.zeros((4, 4, 4), dtype=np.uint8)
+    layer[:, :2] = (10, 20, 30, 255)  # opaque
+    layer[:, 2:] = (10, 20, 30, 0)  # invisible
+    layer[0, 0] = (0, 0, 0, 51)  # a fifth of black
+    pixels = decode_rgb(make_bytes(Image.fromarray(layer), "PNG"))
+    assert pixels[1, 1].tolist() == [10, 20, 30]
+    assert pixels[1, 3].tolist() == [255, 255, 255]
+    assert pixels[0, 0].tolist() == [204, 204, 204]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    assert decode_rgb(make_bytes(palette, "PNG", transparency=0))[0].tolist() == [[255, 255, 255], [0, 0, 255]]
+
+
+def test_cmyk_is_not_inverted(make_bytes: Encode) -> None:
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    assert np.abs(decode_rgb(make_bytes(cyan, quality=95))[8, 8].astype(int) - [0, 255, 255]).max() <= 3
+
+
+@pytest.mark.parametrize("size", [(600, 450), (1024, 768), (1501, 1127)])
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "grey", "cmyk"])
+def test_a_crop_agrees_with_a_full_decode(size: tuple[int, int], kind: str, make_bytes: Encode) -> None:
+    picture = draw_texture(3, *size)
+    picture = picture.convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
+    data = make_bytes(picture, quality=92, progressive=kind == "progressive")
+    width, height = size
+    boxes = [(0, 0, width, height), (width // 3, height // 5, width // 3 + height // 2, height), (7, 11, 171, 180)]
+    crops = load_crops(open_image(data), boxes, 96)
+    for box, crop in zip(boxes, crops, strict=True):
+        assert crop.shape == (96, 96, 3)
+        assert compute_psnr(crop, resize_fully(data, box, 96)) >= 35
+        assert compute_psnr(decode_crop(data, box, 96), resize_fully(data, box, 96)) >= 35
+
+
+def test_a_box_between_scaled_pixels_keeps_its_place(make_bytes: Encode) -> None:
+    wave = np.sin(np.arange(1600) * 2 * np.pi / 64) * 100 + 128  # 6.4 output pixels a period
+    picture = Image.fromarray(np.repeat(wave[None, :, None], 1600, axis=0).repeat(3, axis=2).astype(np.uint8))
+    data = make_bytes(picture, quality=95)
+    box = (206, 206, 1166, 1166)
+    assert compute_dct_scale(box, 96) == 8
+    assert compute_psnr(decode_crop(data, box, 96), resize_fully(data, box, 96)) >= 35
+
+
+def test_the_scale_leaves_more_pixels_than_the_crop_needs() -> None:
+    assert compute_dct_scale((0, 0, 319, 319), 128) == 1
+    assert compute_dct_scale((0, 0, 320, 400), 128) == 2
+    assert compute_dct_scale((0, 0, 3000, 2000), 128) == 8
+    assert compute_dct_scale((0, 0, 3000, 100), 128) == 1
+
+
+@pytest.mark.real
+def test_real_photographs_agree(real_data: Path) -> None:
+    files = sorted((real_data / "dermoscopic" / "isic_uda1").rglob("*.jpg"))[:12]
+    assert files
+    rng = np.random.default_rng(0)
+    for file in files:
+        data = file.read_bytes()
+        width, height = open_image(data).size
+        side = int(min(width, height) * rng.uniform(0.4, 1.0))
+        left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+        box = (left, top, left + side, top + side)
+        assert compute_psnr(decode_crop(data, box, 128), resize_fully(data, box, 128)) >= 35, file.name
+
+
+def test_damaged_bytes_name_a_reason(make_picture: Callable, make_bytes: Encode) -> None:
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = make_bytes(make_picture(4, 640, 480), kind)
+        with pytest.raises(DecodeError, match=r"^(truncated|undecodable)$"):
+            decode_rgb(data[: len(data) // 2])
+        with pytest.raises(DecodeError, match=r"^(truncated|undecodable)$"):
+            decode_crop(data[: len(data) * 3 // 4], (0, 0, 640, 480), 32)  # inside the DCT-scaled decode too
+    with pytest.raises(DecodeError, match=r"^truncated$"):
+        data = make_bytes(make_picture(4), "JPEG")
+        decode_rgb(data[: len(data) // 2])
+    for data in (b"", b"no image at all", b"\xff\xd8\xff\xe0"):
+        with pytest.raises(DecodeError, match=r"^undecodable$"):
+            decode_rgb(data)
+    with pytest.raises(DecodeError, match=r"^undecodable$"):
+        decode_rgb(make_bytes(Image.fromarray(np.zeros((4, 4), dtype=np.float32)), "TIFF"))
+
+
+def test_a_decompression_bomb_is_refused(make_bytes: Encode) -> None:
+    header = bytearray(make_bytes(Image.new("L", (1, 1)), "PNG"))
+    header[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height claim 3.6 gigapixels
+    header[29:33] = zlib.crc32(bytes(header[12:29])).to_bytes(4, "big")
+    with pytest.raises(DecodeError, match=r"^decompression_bomb$"):
+        decode_rgb(bytes(header))

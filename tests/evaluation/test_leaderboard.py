@@ -1,0 +1,361 @@
+"""The board of fabricated Results: the numbers are those of `measures`, the bytes stable, refusals name the file."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from panfm.errors import UserError
+from panfm.evaluation.leaderboard import LeaderboardSummary, build_leaderboard, format_table
+from panfm.evaluation.results import (
+    EncoderCard,
+    MetricValue,
+    Result,
+    get_result_path,
+    get_scores,
+    read_predictions,
+    read_results,
+    write_predictions,
+    write_result,
+)
+from panfm.evaluation.standings import Row, Section, compute_borda, compute_chance
+from panfm.measures.metrics import METRICS, compute_metric
+from panfm.measures.statistics import compare_paired, compute_bootstrap_seed, estimate_metrics
+
+GOOD, MIDDLE, RANDOM = "panfm base", "imagenet", "random weights"
+
+
+def write_trial(
+    root: Path,
+    encoder: str,
+    task: str,
+    strength: float,
+    *,
+    classes: int = 2,
+    fraction: float = 1.0,
+    draw: int = 0,
+    protocol: str = "linear_probe",
+    evaluated_on: str = "test",
+    metric: str = "auroc",
+    synthetic: bool = False,
+    num_groups: int = 60,
+    group_kind: str = "patient",
+    key_prefix: str = "k",
+    encoder_hash: str | None = None,
+) -> Path:
+    """Write one Result whose scores tell the classes apart by `strength`; the test set depends on the task only."""
+    of_task = np.random.default_rng(sum(map(ord, task)))
+    group_label = np.arange(num_groups) % classes
+    labels = np.repeat(group_label, 3)
+    groups = [f"p{number:03d}" for number in range(num_groups) for _ in range(3)]
+    hard = of_task.normal(size=(num_groups * 3, classes))  # what makes an image hard is the same for all encoders
+    own = np.random.default_rng([sum(map(ord, encoder + task + protocol)), draw, int(fraction * 100)])
+    logits = strength * np.eye(classes)[labels] + hard + 0.4 * own.normal(size=hard.shape)
+    scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    predictions = pa.table(
+        {
+            "key": [f"{key_prefix}{number:04d}" for number in range(len(labels))],
+            "group": groups,
+            "fold": ["test" if evaluated_on == "test" else "val"] * len(labels),
+            "repeat": [0] * len(labels),
+            "draw": [draw] * len(labels),
+            "label": labels.tolist(),
+            "scores": scores.astype(np.float32).tolist(),
+        }
+    )
+    address = f"timm:vit_tiny@random:{draw}" if encoder == RANDOM else f"panfm:{encoder}"
+    point = compute_metric(metric, labels, scores.astype(np.float32))
+    result = Result(
+        task=task,
+        task_version=1,
+        protocol=protocol,
+        label_fraction=fraction,
+        draw=draw,
+        seed=0,
+        evaluated_on=evaluated_on,
+        encoder=EncoderCard(
+            name=encoder,
+            address="timm:vit_tiny@random:0" if encoder == RANDOM else address,
+            hash=encoder_hash or f"hash-of-{encoder}",
+            num_parameters=5_500_000,
+            flops_per_image=1.1e9,
+            embed_dim=192,
+            image_size=128,
+            pooling="mean",
+            training_data=None if encoder != RANDOM else "none: random weights",
+            contamination={GOOD: "excluded", RANDOM: "none"}.get(encoder, "unknown"),
+        ),
+        data_hash=f"data-{task}",
+        split_hash=f"split-{task}",
+        group_kind=group_kind,
+        classes=tuple(f"class_{number}" for number in range(classes)),
+        num_train=300,
+        num_train_groups=int(100 * fraction),
+        num_test=len(labels),
+        num_test_groups=num_groups,
+        metrics={metric: MetricValue(value=point.value, direction=METRICS[metric].direction, reason=point.reason)},
+        primary_metric=metric,
+        wall_seconds=1.0,
+        synthetic=synthetic,
+        predictions="",
+        predictions_sha256="",
+    )
+    path = get_result_path(root, result)
+    sha256 = write_predictions(path.with_suffix(".parquet"), predictions)
+    return write_result(
+        root, result.model_copy(update={"predictions": f"{result.stem}.parquet", "predictions_sha256": sha256})
+    )
+
+
+def write_board(root: Path) -> Path:
+    for encoder, strength in ((GOOD, 2.0), (MIDDLE, 1.9), (RANDOM, 0.4)):
+        write_trial(root, encoder, "lesions", strength)
+        write_trial(root, encoder, "diagnoses", strength, classes=4)
+        for draw in range(3):
+            write_trial(root, encoder, "lesions", strength / 2, fraction=0.1, draw=draw)
+        write_trial(root, encoder, "drawn", strength, synthetic=True, group_kind="sample")
+    write_trial(root, GOOD, "lesions", 2.5, evaluated_on="development")
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_board(tmp_path_factory.mktemp("board") / "results")
+
+
+@pytest.fixture(scope="module")
+def board(results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LeaderboardSummary, Path]:
+    out = tmp_path_factory.mktemp("page")
+    return build_leaderboard([results], out), out
+
+
+@pytest.fixture
+def own_results(results: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(results, tmp_path / "results"))
+
+
+def find_row(section: Section, encoder: str) -> Row:
+    return next(row for row in section.rows if row.encoder.name == encoder)
+
+
+def test_sections_keep_real_synthetic_and_fractions_apart(board: tuple[LeaderboardSummary, Path]) -> None:
+    summary = board[0]
+    found = [(s.synthetic, s.protocol, s.label_fraction, [t.name for t in s.tasks]) for s in summary.sections]
+    assert found == [
+        (False, "linear_probe", 1.0, ["diagnoses", "lesions"]),
+        (False, "linear_probe", 0.1, ["lesions"]),
+        (True, "linear_probe", 1.0, ["drawn"]),
+    ]
+    assert [(entry.encoder, entry.task) for entry in summary.development] == [(GOOD, "lesions")]
+
+
+def test_cells_are_the_numbers_of_measures(results: Path, board: tuple[LeaderboardSummary, Path]) -> None:
+    section = board[0].sections[0]
+    by_encoder = {}
+    for path, result in read_results([results]):
+        if result.task == "diagnoses":
+            by_encoder[result.encoder.name] = read_predictions(path.parent / result.predictions)
+    table = by_encoder[GOOD]
+    labels, groups = table.column("label").to_numpy(), table.column("group").to_pylist()
+    seed = compute_bootstrap_seed("diagnoses", "split-diagnoses")
+    place = [task.name for task in section.tasks].index("diagnoses")
+    estimate = estimate_metrics(["auroc"], labels, get_scores(table), groups, seed=seed)["auroc"]
+    cell = find_row(section, GOOD).cells[place]
+    assert (cell.value, cell.low, cell.high) == pytest.approx((estimate.value, estimate.low, estimate.high), abs=1e-12)
+    gap = compare_paired("auroc", labels, get_scores(table), get_scores(by_encoder[RANDOM]), groups, seed=seed)
+    assert section.reference == RANDOM
+    assert cell.difference is not None
+    assert (cell.difference.difference, cell.difference.low, cell.difference.high) == pytest.approx(
+        (gap.difference, gap.low, gap.high), abs=1e-12
+    )
+    assert find_row(section, RANDOM).cells[place].difference is None
+
+
+def test_draws_are_averaged_under_the_same_weights(results: Path, board: tuple[LeaderboardSummary, Path]) -> None:
+    section = board[0].sections[1]
+    cell = find_row(section, GOOD).cells[0]
+    tables = [
+        read_predictions(path.parent / result.predictions)
+        for path, result in read_results([results])
+        if (result.task, result.encoder.name, result.label_fraction) == ("lesions", GOOD, 0.1)
+    ]
+    seed = compute_bootstrap_seed("lesions", "split-lesions")
+    estimates = [
+        estimate_metrics(
+            ["auroc"], t.column("label").to_numpy(), get_scores(t), t.column("group").to_pylist(), seed=seed
+        )
+        for t in tables
+    ]
+    values = [estimate["auroc"].value for estimate in estimates]
+    assert (cell.num_runs, cell.value) == (3, pytest.approx(np.mean(values)))
+    assert cell.spread == pytest.approx(np.std(values, ddof=1))
+    widths = [estimate["auroc"].high - estimate["auroc"].low for estimate in estimates]
+    assert 0.6 * np.mean(widths) < cell.high - cell.low < np.mean(widths)  # the same patients: little is gained
+
+
+def test_encoders_that_the_data_cannot_tell_apart_share_a_rank(board: tuple[LeaderboardSummary, Path]) -> None:
+    section = board[0].sections[0]
+    standings = {row.encoder.name: row.standing for row in section.rows}
+    assert [standings[name].rank for name in (GOOD, MIDDLE, RANDOM)] == [1, 1, 3]
+    assert (standings[RANDOM].rank_low, standings[RANDOM].rank_high) == (3, 3)
+    assert standings[GOOD].rank_low == 1 and standings[GOOD].rank_high == 2
+    row = find_row(section, GOOD)
+    assert standings[GOOD].score == pytest.approx(np.mean([(cell.value - 0.5) / 0.5 for cell in row.cells]))
+    assert standings[RANDOM].borda == 0
+    assert standings[GOOD].borda + standings[MIDDLE].borda == pytest.approx(1.5)
+
+
+def test_clearly_better_encoder_ranks_alone(tmp_path: Path) -> None:
+    for encoder, strength in (("a", 0.3), ("b", 1.5), ("c", 4.0)):
+        write_trial(tmp_path / "r", encoder, "lesions", strength)
+    summary = build_leaderboard([tmp_path / "r"], tmp_path)
+    assert [(row.encoder.name, row.standing.rank) for row in summary.sections[0].rows] == [("c", 1), ("b", 2), ("a", 3)]
+    assert summary.sections[0].reference == "a"  # the first by name, as none has random weights
+    assert "c leads" in (tmp_path / "leaderboard.md").read_text()
+
+
+def test_lower_is_better_metrics_rank_the_lower_value_first(tmp_path: Path) -> None:
+    for encoder, strength in (("a", 4.0), ("b", 0.3)):
+        write_trial(tmp_path / "r", encoder, "lesions", strength, metric="brier")
+    section = build_leaderboard([tmp_path / "r"], tmp_path).sections[0]
+    assert [row.encoder.name for row in section.rows] == ["a", "b"]
+    assert section.rows[0].cells[0].value < section.rows[1].cells[0].value
+    assert section.tasks[0].chance == pytest.approx(0.25)
+
+
+def test_missing_task_leaves_an_encoder_unranked(own_results: Path, tmp_path: Path) -> None:
+    write_trial(own_results, "newcomer", "lesions", 5.0)
+    section = build_leaderboard([own_results], tmp_path).sections[0]
+    row = section.rows[-1]
+    assert (row.encoder.name, row.standing, row.reason) == ("newcomer", None, "missing: diagnoses")
+    assert [cell.value is None for cell in row.cells] == [True, False]
+    page = (tmp_path / "leaderboard.html").read_text()
+    assert "no rank: missing: diagnoses" in page and "not evaluated" in page
+    assert find_row(section, GOOD).standing.rank == 1
+
+
+def test_undefined_metric_is_no_number(tmp_path: Path) -> None:
+    for encoder in ("a", "b"):
+        write_trial(tmp_path / "r", encoder, "lesions", 1.0)
+        write_trial(tmp_path / "r", encoder, "one_patient", 1.0, num_groups=1)
+    section = build_leaderboard([tmp_path / "r"], tmp_path).sections[0]
+    cell = section.rows[0].cells[1]
+    assert (cell.value, cell.reason) == (None, "no test image of class 1")
+    assert section.rows[0].standing is not None  # undefined for everyone: it counts for none
+    assert "no test image of class 1" in (tmp_path / "leaderboard.csv").read_text()
+
+
+def test_same_results_give_the_same_bytes(
+    results: Path, board: tuple[LeaderboardSummary, Path], tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(results, tmp_path / "elsewhere"))
+    build_leaderboard([moved], tmp_path / "two")
+    names = sorted(path.name for path in board[1].iterdir())
+    assert names == ["leaderboard.csv", "leaderboard.html", "leaderboard.json", "leaderboard.md"]
+    for name in names:
+        assert (board[1] / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_tables_hold_the_same_numbers(board: tuple[LeaderboardSummary, Path]) -> None:
+    section = board[0].sections[0]
+    with (board[1] / "leaderboard.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if (line["images"], line["label_fraction"]) == ("real", "1.0")]
+    plain = json.loads((board[1] / "leaderboard.json").read_text())["sections"][0]
+    for row, plain_row in zip(section.rows, plain["rows"], strict=True):
+        for place, task in enumerate(section.tasks):
+            (line,) = [one for one in lines if (one["encoder"], one["task"]) == (row.encoder.name, task.name)]
+            assert float(line["value"]) == plain_row["cells"][place]["value"] == round(row.cells[place].value, 6)
+            assert f"{row.cells[place].value:.3f}" in (board[1] / "leaderboard.md").read_text()
+
+
+def test_page_is_whole_safe_and_offline(own_results: Path, tmp_path: Path) -> None:
+    name = "<script>alert(1)</script> | =1+1"
+    write_trial(own_results, name, "lesions", 1.0)
+    write_trial(own_results, "=HYPERLINK(0)", "lesions", 1.0)
+    build_leaderboard([own_results], tmp_path)
+    page = (tmp_path / "leaderboard.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; | =1+1" in page
+    assert "http://" not in page and "https://" not in page
+    assert page.count("<script>") == 1 and page.startswith("<!doctype html>")
+    assert page.count("<th>") == 0 and 'scope="col"' in page and 'scope="row"' in page
+    assert "For research only" in page and "drawn by a program" in page
+    assert "patients unknown" in page and "test patients kept out of pretraining" in page
+    markdown = (tmp_path / "leaderboard.md").read_text()
+    assert "<script>" not in markdown and "&lt;script&gt;alert(1)&lt;/script&gt; \\| =1+1" in markdown
+    assert "'=HYPERLINK(0)" in (tmp_path / "leaderboard.csv").read_text()
+
+
+def test_terminal_table_shows_every_encoder(board: tuple[LeaderboardSummary, Path]) -> None:
+    console = Console(width=200, record=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(format_table(board[0]))
+    text = capture.get()
+    assert text.count(GOOD) == 3 and "=1 [1–2]" in text and "Linear probe, 10 % of labels" in text
+
+
+def test_changed_predictions_are_refused(own_results: Path, tmp_path: Path) -> None:
+    path, result = next((p, r) for p, r in read_results([own_results]) if r.encoder.name == MIDDLE)
+    file = path.parent / result.predictions
+    table = read_predictions(file)
+    labels = table.column("label").to_pylist()
+    perfect = pa.array(np.eye(len(result.classes), dtype=np.float32)[labels].tolist(), type=pa.list_(pa.float32()))
+    sha256 = write_predictions(file, table.set_column(6, "scores", perfect))
+    with pytest.raises(UserError, match=f"{file}: these are not the predictions"):
+        build_leaderboard([own_results], tmp_path / "out")
+    write_result(
+        own_results, result.model_copy(update={"predictions_sha256": sha256})
+    )  # and a forger who fixes the hash
+    with pytest.raises(UserError, match=r"auroc is .* but 1\.0 follows from its predictions"):
+        build_leaderboard([own_results], tmp_path / "out")
+    file.unlink()
+    with pytest.raises(UserError, match=r"predictions of .* are missing"):
+        build_leaderboard([own_results], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_test_images_are_refused(own_results: Path, tmp_path: Path) -> None:
+    write_trial(own_results, "other", "lesions", 1.0, key_prefix="x")
+    with pytest.raises(UserError, match="hold other images"):
+        build_leaderboard([own_results], tmp_path)
+
+
+def test_same_result_twice_and_one_name_for_two_encoders_are_refused(own_results: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(own_results, tmp_path / "copy"))
+    with pytest.raises(UserError, match="the same result as"):
+        build_leaderboard([own_results, copy], tmp_path / "out")
+    write_trial(own_results, GOOD, "others", 1.0, encoder_hash="another")
+    with pytest.raises(UserError, match="one name stands for one encoder"):
+        build_leaderboard([own_results], tmp_path / "out")
+
+
+def test_another_split_is_refused(own_results: Path, tmp_path: Path) -> None:
+    path, result = next((p, r) for p, r in read_results([own_results]) if r.encoder.name == RANDOM)
+    write_result(own_results, result.model_copy(update={"split_hash": "older"}))
+    with pytest.raises(UserError, match=f"{path}: split_hash of task"):
+        build_leaderboard([own_results], tmp_path)
+
+
+def test_empty_folder_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="panfm evaluate run"):
+        build_leaderboard([tmp_path], tmp_path / "out")
+
+
+@pytest.mark.parametrize("metric", list(METRICS))
+def test_chance_is_what_the_class_shares_reach(metric: str) -> None:
+    labels = np.repeat([0, 1], [700, 300])
+    chance, perfect = compute_chance(metric, np.array([0.7, 0.3]))
+    constant = np.tile([0.7, 0.3], (1000, 1))
+    right = np.eye(2)[labels]
+    assert compute_metric(metric, labels, right).value == pytest.approx(perfect, abs=1e-9)
+    if metric not in ("ece", "sensitivity_at_90_specificity", "sensitivity_at_95_specificity"):
+        assert compute_metric(metric, labels, constant).value == pytest.approx(chance, abs=1e-9)
+
+
+def test_borda_counts_ties_half() -> None:
+    scores = np.array([[0.9, 0.5], [0.7, 0.5], [0.1, 0.8]])
+    np.testing.assert_allclose(compute_borda(scores), [(1 + 0.25) / 2, (0.5 + 0.25) / 2, (0 + 1) / 2])

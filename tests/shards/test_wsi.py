@@ -1,0 +1,213 @@
+"""Slides to tiles: the physical size is exact, nothing is guessed, what cannot be read is counted and never drawn."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from PIL import Image
+
+from panfm.errors import UserError
+from panfm.shards.synthetic_patients import draw_patient
+from panfm.shards.tissue import SLIDE_MPP, SLIDE_SIZE, Stain, draw_section, write_slide
+from panfm.shards.wsi import (
+    SlideError,
+    SlideSettings,
+    compute_tissue,
+    count_tiles,
+    plan_tiles,
+    read_slide_tiles,
+    read_tiles,
+)
+
+PINK = (220, 120, 170)
+
+
+def write_pyramid(path: Path, image: np.ndarray, mpp: float | None, factors: tuple[int, ...] = (1, 2, 4)) -> Path:
+    """Write a tiled pyramid of an RGB image whose finest level has `mpp`; None: the file states no resolution."""
+    with tifffile.TiffWriter(path) as file:
+        for number, factor in enumerate(factors):
+            size = (-(-image.shape[1] // factor), -(-image.shape[0] // factor))  # rounded up, as some scanners do
+            level = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+            stated = {} if mpp is None else {"resolution": (1e4 / mpp / factor,) * 2, "resolutionunit": "CENTIMETER"}
+            file.write(level, subfiletype=int(number > 0), tile=(256, 256), photometric="rgb", metadata=None, **stated)
+    return path
+
+
+def draw_tissue(width: int, height: int) -> np.ndarray:
+    """A pink slide with a fine texture: tissue everywhere."""
+    noise = np.random.default_rng(0).integers(-25, 26, (height // 8 + 1, width // 8 + 1, 3))
+    texture = np.kron(noise, np.ones((8, 8, 1), dtype=np.int64))[:height, :width]
+    return np.clip(np.array(PINK) + texture, 0, 255).astype(np.uint8)
+
+
+def test_tile_size_is_whole_pixels() -> None:
+    assert SlideSettings().tile_side == 224
+    with pytest.raises(ValueError, match=r"tile_um \(113.3\) must be a whole number of pixels.*try 113.5"):
+        SlideSettings(tile_um=113.3, mpp=0.5)
+
+
+def test_tiles_of_the_stored_resolution_are_the_stored_pixels(tmp_path: Path) -> None:
+    image = draw_tissue(448, 224)
+    path = write_pyramid(tmp_path / "slide.tiff", image, mpp=0.5)
+    tiles = list(read_slide_tiles(path, SlideSettings(tile_um=56, mpp=0.5)))
+    assert [(tile.x0, tile.y0) for tile in tiles] == [(x, y) for y in (0, 112) for x in (0, 112, 224, 336)]  # row-major
+    for tile in tiles:
+        assert (tile.level, tile.mpp, tile.tissue_fraction) == (0, 0.5, 1.0)
+        assert np.array_equal(tile.image, image[tile.y0 : tile.y0 + 112, tile.x0 : tile.x0 + 112])
+
+
+@pytest.mark.parametrize(("stated", "level"), [(0.25, 1), (0.251, 1), (0.13, 1), (0.3, 0), (0.12, 2), (0.499, 0)])
+def test_a_tile_has_its_microns_whatever_the_scan(tmp_path: Path, stated: float, level: int) -> None:
+    """A ramp tells where every pixel came from: its slope is the scale, its ends are the position."""
+    width, height = round(150 / stated), round(60 / stated)  # 150 x 60 um
+    ramp = np.linspace(80, 220, width)
+    image = np.stack([np.tile(ramp, (height, 1)), np.full((height, width), 60), np.full((height, width), 160)], axis=-1)
+    path = write_pyramid(tmp_path / "slide.tiff", image.astype(np.uint8), mpp=stated)
+    settings = SlideSettings(tile_um=50, mpp=0.5, min_tissue=0.0)
+    plan = plan_tiles(path, settings)
+    assert plan.level == level and plan.slide_mpp == pytest.approx((stated, stated), rel=1e-4)
+    assert len(plan.places) == 3
+    for tile in read_tiles(plan):
+        assert tile.image is not None and tile.image.shape == (100, 100, 3) and tile.mpp == 0.5
+        centres = tile.x0 + (np.arange(100) + 0.5) * 0.5 / stated - 0.5  # in level-0 pixels
+        expected = np.interp(centres, np.arange(width), ramp)
+        assert np.abs(tile.image[50, 2:-2, 0] - expected[2:-2]).max() < 2.5
+
+
+def test_a_coarse_scan_is_refused(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "slide.tiff", draw_tissue(300, 300), mpp=1.0)
+    with pytest.raises(SlideError, match=r"slide.tiff: was scanned at 1 microns per pixel, coarser than the 0.5"):
+        plan_tiles(path, SlideSettings())
+    assert count_tiles(path, SlideSettings(tile_um=112, mpp=1.0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("stated", "reason"), [(None, "no_mpp"), (352.8, "implausible_mpp"), (0.01, "implausible_mpp")]
+)
+def test_resolution_is_never_guessed(tmp_path: Path, stated: float | None, reason: str) -> None:
+    path = write_pyramid(tmp_path / "slide.tiff", draw_tissue(448, 448), mpp=stated)
+    with pytest.raises(UserError, match=r"slide.tiff.*fallback_mpp in the source card") as caught:
+        plan_tiles(path, SlideSettings())
+    assert isinstance(caught.value, SlideError) and caught.value.reason == reason
+    assert plan_tiles(path, SlideSettings(fallback_mpp=0.25)).slide_mpp == (0.25, 0.25)
+
+
+def test_glass_and_dust_are_not_tissue(tmp_path: Path) -> None:
+    image = np.full((896, 896, 3), 243, dtype=np.uint8)
+    image[:448, :448] = draw_tissue(448, 448)
+    image[700:712, 700:712] = PINK  # a speck of 6 um
+    image[600:700, :100] = 8  # the scanner's black fill
+    path = write_pyramid(tmp_path / "slide.tiff", image, mpp=0.5)
+    plan = plan_tiles(path, SlideSettings())
+    assert [(place.x0, place.y0) for place in plan.places] == [(0, 0), (224, 0), (0, 224), (224, 224)]
+    assert all(place.tissue_fraction > 0.9 for place in plan.places)
+    assert count_tiles(path, SlideSettings(min_tissue=0.0)) == 16
+
+
+def test_tissue_of_a_blank_slide_is_nowhere() -> None:
+    assert not compute_tissue(np.full((40, 40, 3), 240, dtype=np.uint8), 8.0).any()
+    assert compute_tissue(draw_tissue(40, 40), 8.0).mean() > 0.9
+
+
+def test_a_damaged_region_is_a_tile_without_an_image(tmp_path: Path) -> None:
+    """Bytes of one stored TIFF tile are overwritten: its tiles have no image, their neighbours are untouched."""
+    section = draw_tissue(896, 448)
+    path = tmp_path / "slide.tiff"
+    with tifffile.TiffWriter(path) as file:
+        for number in (0, 1):
+            level = np.asarray(Image.fromarray(section).resize((896 >> 3 * number, 448 >> 3 * number)))
+            file.write(
+                level, subfiletype=number, tile=(256, 256), photometric="rgb", compression="zlib", metadata=None,
+                resolution=(2e4 / 8**number,) * 2, resolutionunit="CENTIMETER",
+            )  # fmt: skip
+    with tifffile.TiffFile(path) as file:
+        offset, length = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
+    damaged = bytearray(path.read_bytes())
+    damaged[offset : offset + length] = b"\xff" * length
+    settings = SlideSettings(tile_um=56, mpp=0.5)
+    whole = list(read_slide_tiles(path, settings))
+    path.write_bytes(bytes(damaged))
+    plan = plan_tiles(path, settings)
+    assert plan.num_unmasked == 0 and len(plan.places) == len(whole) == 32
+    tiles = list(read_tiles(plan))
+    lost = {(tile.x0, tile.y0) for tile in tiles if tile.image is None}
+    assert lost == {(x, y) for x in (0, 112, 224) for y in (0, 112, 224)}  # the stored tile is 256 px wide
+    for tile, before in zip(tiles, whole, strict=True):
+        if tile.image is not None:
+            assert np.array_equal(tile.image, before.image)
+
+
+def test_a_tile_that_the_small_copy_lacks_is_counted(tmp_path: Path) -> None:
+    """A single-level slide: where its bytes are gone, the tissue mask cannot know, and no tile is planned."""
+    path = tmp_path / "slide.tiff"
+    tifffile.imwrite(
+        path, draw_tissue(4480, 448), tile=(256, 256), photometric="rgb", compression="zlib", metadata=None,
+        resolution=(2e4, 2e4), resolutionunit="CENTIMETER",
+    )  # fmt: skip
+    with tifffile.TiffFile(path) as file:
+        offset, length = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
+    damaged = bytearray(path.read_bytes())
+    damaged[offset : offset + length] = b"\xff" * length
+    path.write_bytes(bytes(damaged))
+    plan = plan_tiles(path, SlideSettings())
+    assert plan.num_unmasked > 0 and plan.num_unmasked + len(plan.places) == 40
+    assert all(tile.image is not None for tile in read_tiles(plan))
+
+
+def test_transparent_is_white(tmp_path: Path) -> None:
+    """Beyond the last stored pixel OpenSlide answers transparent black; a tile shows it as glass."""
+    path = write_pyramid(tmp_path / "slide.tiff", draw_tissue(224, 224), mpp=0.5, factors=(1,))
+    plan = plan_tiles(path, SlideSettings())
+    beyond = replace(plan.places[0], x0=112)
+    tile = next(iter(read_tiles(plan, [beyond])))
+    assert tile.image is not None
+    # Only what is there is asked for, so nothing beyond the edge turns black.
+    assert tile.image.min() > 60
+
+
+def test_a_synthetic_slide_opens_with_its_resolution(tmp_path: Path) -> None:
+    lesion = draw_patient(0, 0).lesions[0]
+    images = [
+        draw_section(lesion.visits[-1].traits, Stain(1.0, 1.0), lesion.seed, np.random.default_rng(2)) for _ in range(2)
+    ]
+    assert np.array_equal(*images)
+    for name in ("a.tiff", "b.tiff"):
+        write_slide(tmp_path / name, images[0])
+    assert (tmp_path / "a.tiff").read_bytes() == (tmp_path / "b.tiff").read_bytes()
+    with openslide.OpenSlide(tmp_path / "a.tiff") as slide:
+        assert slide.dimensions == SLIDE_SIZE and slide.level_downsamples == (1.0, 2.0, 4.0)
+        assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(SLIDE_MPP)
+        assert np.array_equal(np.asarray(slide.read_region((0, 0), 0, SLIDE_SIZE))[..., :3], images[0])
+    tiles = list(read_slide_tiles(tmp_path / "a.tiff", SlideSettings()))
+    assert 6 <= len(tiles) <= 15 and all(tile.image.shape == (224, 224, 3) for tile in tiles)
+
+
+def test_what_is_no_slide(tmp_path: Path) -> None:
+    with pytest.raises(SlideError, match=r"none.svs: no such file"):
+        plan_tiles(tmp_path / "none.svs", SlideSettings())
+    (tmp_path / "text.svs").write_text("not a slide")
+    with pytest.raises(SlideError, match=r"text.svs: OpenSlide cannot open it") as caught:
+        plan_tiles(tmp_path / "text.svs", SlideSettings())
+    assert caught.value.reason == "unreadable_slide"
+
+
+@pytest.mark.real
+def test_real_slides(real_data: Path) -> None:
+    slides = real_data / "slides"
+    tiles = list(read_slide_tiles(slides / "openslide_testdata/CMU-1-Small-Region.svs", SlideSettings()))
+    assert len(tiles) == 47  # of 9 x 13 at 0.499 microns per pixel
+    assert all(tile.image is not None and tile.image.shape == (224, 224, 3) and tile.mpp == 0.5 for tile in tiles)
+    assert np.mean([tile.image.mean() for tile in tiles]) < 215  # tissue, not glass
+    tcga = slides / "tcga/TCGA-CR-7395-01A-01-TS1.svs"
+    with pytest.raises(SlideError, match="states no resolution"):
+        plan_tiles(tcga, SlideSettings())
+    assert plan_tiles(tcga, SlideSettings(fallback_mpp=0.25)).level == 1
+    with pytest.raises(SlideError, match=r"broken.svs: OpenSlide cannot open it"):
+        plan_tiles(slides / "histolab/broken.svs", SlideSettings())
+    with pytest.raises(SlideError, match=r"352.778 x 352.778 microns per pixel, outside"):
+        plan_tiles(slides / "openslide_python_fixtures/boxes.tiff", SlideSettings())
+    damaged = plan_tiles(slides / "openslide_python_fixtures/unreadable.svs", SlideSettings(tile_um=8, mpp=0.5))
+    assert (damaged.num_unmasked, damaged.places) == (0, ())  # 16 px at 0.499: not one whole tile

@@ -1,0 +1,96 @@
+"""A small archive built by the real writer, a small config, and `panfm pretrain` as a process of its own."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from panfm.shards.cards import SourceCard
+from panfm.shards.packing import BuildOptions
+from panfm.shards.writer import build_shards
+
+CONFIG = """
+data: {{shards: [{shards}], exclude: {{tasks: none}}, workers: 1}}
+augment: {{image_size: 32}}
+encoder: {{name: vit_tiny_patch16_224, image_size: 32, drop_path_rate: 0.2}}
+objectives:
+  - kind: masked_image
+    mask: {{kind: random, ratio: 0.5}}
+    target: {{kind: pixels}}
+    predictor: {{depth: 1, width: 64}}
+optim: {{base_lr: 1.0e-2}}
+schedule: {{total_samples: 128, warmup_samples: 32}}
+engine: {{global_batch_size: 16, micro_batch_size: 8, num_threads: 1, precision: fp32}}
+checkpoint: {{save_every: 2}}
+monitor: {{every: 4, num_images: 16}}
+tracking: {{log_every: 1, wandb: disabled}}
+"""
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty coloured pictures of twenty patients."""
+    root = tmp_path_factory.mktemp("archive")
+    rows = []
+    for number in range(40):
+        coarse = np.random.default_rng(number).integers(30, 226, (5, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((80, 64), Image.Resampling.BICUBIC).save(root / f"{number}.jpg", quality=90)
+        rows.append({"path": f"{number}.jpg", "patient": f"p{number // 2}"})
+    with (root / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["path", "patient"])
+        writer.writeheader()
+        writer.writerows(rows)
+    card = SourceCard(
+        version=1,
+        name="drawn",
+        title="drawn",
+        origin="drawn by a test",
+        licence="CC0",
+        permitted_uses=("research",),
+        identifiers="public",
+        synthetic=True,
+        access="open",
+        how_to_obtain="run the test",
+        modality="dermoscopic",
+        table="table.csv",
+        columns={"path": "path", "patient_id": "patient"},
+    )
+    out = tmp_path_factory.mktemp("shards") / "drawn"
+    build_shards(card, root, out, options=BuildOptions())
+    return out
+
+
+@pytest.fixture(scope="session")
+def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps of sixteen images, two micro batches each, a checkpoint every two steps."""
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(CONFIG.format(shards=shards))
+    return path
+
+
+def start_pretrain(
+    config: Path, out: Path, *overrides: str, ranks: int = 0, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start `panfm pretrain` as a user would: directly (ranks 0) or under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    command = [sys.executable, *launcher, "-m", "panfm", "pretrain", str(config), *overrides, "--out", str(out)]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_pretrain(config: Path, out: Path, *overrides: str, ranks: int = 0, **keywords: object) -> tuple[int, str]:
+    """Run it to its end; returns the exit code and all that it printed."""
+    process = start_pretrain(config, out, *overrides, ranks=ranks, **keywords)  # type: ignore[arg-type]
+    printed, _ = process.communicate(timeout=300)
+    return process.returncode, printed

@@ -1,0 +1,201 @@
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from panfm.config import load_config
+from panfm.encoder.facts import read_facts
+from panfm.errors import UserError
+from panfm.files import read_json
+from panfm.tracking import read_metrics
+from panfm.training.checkpoint import find_checkpoint, list_checkpoints
+from panfm.training.pretrain import PretrainConfig, every, pretrain
+from tests.training.conftest import run_pretrain, start_pretrain
+
+EXACT = ("step", "samples_seen", "loss", "lr", "grad_norm")
+
+
+def read_curve(out: Path) -> list[tuple[object, ...]]:
+    return [tuple(record[key] for key in EXACT) for record in read_metrics(out / "metrics.jsonl")]
+
+
+def read_losses(out: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(out / "metrics.jsonl")]
+
+
+def hash_state(out: Path) -> dict[str, str]:
+    """SHA-256 of the newest checkpoint's files that hold weights and optimizer."""
+    folder = list_checkpoints(out)[-1]
+    files = read_json(folder / "manifest.json")["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith((".safetensors", ".pt"))}
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of eight steps that nothing stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    code, printed = run_pretrain(config, out)
+    assert code == 0, printed
+    return out
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises(whole: Path) -> None:
+    assert [folder.name for folder in list_checkpoints(whole)] == ["step-00000006", "step-00000008"]
+    assert {path.name for path in whole.iterdir()} == {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints"}
+    records = read_metrics(whole / "metrics.jsonl")
+    assert [record["samples_seen"] for record in records] == [16 * step for step in range(1, 9)]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert 1 <= records[3]["rankme"] <= 16 and "rankme" not in records[2]
+    facts = read_facts(list_checkpoints(whole)[-1] / "encoder.json")
+    assert (facts.step, facts.samples_seen, facts.sources[0].source) == (8, 128, "drawn")
+    assert facts.sources[0].num_kept == 40
+    encoder = load_file(list_checkpoints(whole)[-1] / "encoder.safetensors")
+    assert encoder["patch_embed.proj.weight"].shape == (192, 3, 16, 16)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bit_identical(config: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    process = start_pretrain(config, out)
+    wait_for(out / "checkpoints" / "step-00000004", process)
+    os.killpg(process.pid, signal.SIGKILL)  # the trainer and its loader workers, as when a machine dies
+    process.communicate()
+    code, printed = run_pretrain(config, out)
+    assert code == 0, printed
+    assert "going on from" in printed
+    assert hash_state(out) == hash_state(whole)
+    assert read_curve(out) == read_curve(whole)
+    assert not list((out / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_run_saved_with_code_75(config: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    process = start_pretrain(config, out, "checkpoint.save_every=100")
+    wait_for(out / "metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, printed
+    assert "stopped by a signal after step" in printed
+    assert len(list_checkpoints(out)) == 1
+    code, printed = run_pretrain(config, out)
+    assert code == 0, printed
+    assert hash_state(out) == hash_state(whole)
+    assert read_curve(out) == read_curve(whole)
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_the_same_samples_and_resume_exactly(config: Path, tmp_path: Path) -> None:
+    # Stochastic depth draws by rank, so the comparison with one process is made without it.
+    plain = ("encoder.drop_path_rate=0", "schedule.total_samples=64")
+    one, two = tmp_path / "one", tmp_path / "two"
+    pretrain(load_config(PretrainConfig, config, plain), out=one, excluded={})
+    code, printed = run_pretrain(config, two, *plain, ranks=2)
+    assert code == 0, printed
+    assert read_losses(two) == pytest.approx(read_losses(one), rel=1e-5)
+    assert printed.count("source drawn: 40 images kept") == 1  # only one rank speaks
+
+    resumed = tmp_path / "resumed"
+    shutil.copytree(two, resumed)
+    shutil.rmtree(list_checkpoints(resumed)[-1])
+    assert [folder.name for folder in list_checkpoints(resumed)] == ["step-00000002"]
+    code, printed = run_pretrain(config, resumed, *plain, ranks=2)
+    assert code == 0, printed
+    assert hash_state(resumed) == hash_state(two)
+
+    code, printed = run_pretrain(config, two, *plain)
+    assert code == 2
+    assert "written by 2 ranks, this run has 1" in printed
+
+
+@pytest.mark.slow
+def test_trains_without_a_compiler(config: Path, tmp_path: Path) -> None:
+    """A folder that holds no g++ and no ninja is all of PATH; torch would find ninja's Python module by its script."""
+    (tmp_path / "bin").mkdir()
+    environment = {"PATH": str(tmp_path / "bin"), "CXX": "", "CC": "", "TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
+    out = tmp_path / "run"
+    code, printed = run_pretrain(config, out, "schedule.total_samples=32", ranks=2, environment=environment)
+    assert code == 0, printed
+    assert len(read_losses(out)) == 2
+    assert not (tmp_path / "built").exists()
+
+
+@pytest.mark.slow
+def test_torn_and_changed_runs(config: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "torn"
+    shutil.copytree(whole, out)
+    state = next(list_checkpoints(out)[-1].glob("state/*.pt"))
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    settings = load_config(PretrainConfig, config)
+    summary = pretrain(settings, out=out, excluded={})
+    assert (summary.outcome, summary.step, summary.exit_code) == ("finished", 8, 0)
+    assert find_checkpoint(out)[1] == []  # the torn one was replaced
+    assert hash_state(out) == hash_state(whole)
+
+    with pytest.raises(UserError, match=r"optim\.base_lr was 0\.01 and is now 0\.02"):
+        pretrain(load_config(PretrainConfig, config, ["optim.base_lr=0.02"]), out=out, excluded={})
+    with pytest.raises(UserError, match="holds step-00000008; with --resume never"):
+        pretrain(settings, out=out, excluded={}, resume="never")
+    group = next(iter(read_groups(settings)))
+    with pytest.raises(UserError, match="the samples changed since the run began"):
+        pretrain(settings, out=out, excluded={"drawn": frozenset({group})})
+
+
+def read_groups(settings: PretrainConfig) -> set[str]:
+    from panfm.shards.index import open_shard_set
+
+    return set(open_shard_set(settings.data.shards[0]).table["group_id"].to_pylist())
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["optim.base_lr=1e30", "engine.clip_grad_norm=null", "data.workers=0", "checkpoint.save_every=1"]
+    summary = pretrain(load_config(PretrainConfig, config, overrides), out=tmp_path / "run", excluded={})
+    assert (summary.outcome, summary.exit_code) == ("diverged", 4)
+    printed = capfd.readouterr().err
+    assert "optim.base_lr (1e+30)" in printed
+    for folder in list_checkpoints(tmp_path / "run"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "encoder.safetensors").values())
+
+
+def test_config_mistakes_are_named(config: Path, tmp_path: Path) -> None:
+    def attempt(*overrides: str, resume: str = "auto") -> None:
+        settings = load_config(PretrainConfig, config, overrides)
+        pretrain(settings, out=tmp_path / "run", excluded={}, resume=resume)
+
+    with pytest.raises(UserError, match=r"augment.image_size \(64\) must equal encoder.image_size \(32\)"):
+        attempt("augment.image_size=64")
+    with pytest.raises(UserError, match=r"schedule\.warmup_samples"):
+        attempt("schedule.warmup_samples=1000")
+    with pytest.raises(UserError, match="--resume maybe"):
+        attempt(resume="maybe")
+    with pytest.raises(UserError, match=r"unknown key optim\.lrr"):
+        attempt("optim.lrr=1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shipped_debug_config_is_valid() -> None:
+    settings = load_config(PretrainConfig, "debug_cpu", folder="configs/pretrain")
+    assert settings.tracking.wandb == "disabled"
+
+
+def test_every() -> None:
+    assert [step for step in range(1, 7) if every(step, 3)] == [3, 6]
+    assert not any(every(step, 0) for step in range(1, 7))
+
+
+def wait_for(path: Path, process: object) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline  # type: ignore[attr-defined]
+        time.sleep(0.005)
