@@ -1,6 +1,9 @@
 """loader: the same bits for every number of ranks, workers and interruptions; what may not be drawn never is."""
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -284,3 +287,43 @@ def test_config_faults_are_named() -> None:
         with pytest.raises(UserError, match=key):
             validate(DataConfig, {"shards": ["x"], key: value}, where="test")
     assert validate(DataConfig, {"shards": ["x"], "exclude": {"tasks": ["a"]}}, where="test").exclude.tasks == ("a",)
+
+
+TRAINER = """
+import psutil, sys, time
+from panfm.data.loader import LoaderState
+from tests.data.test_loader import make_loader
+
+if __name__ == "__main__":
+    loader = make_loader(sys.argv[1], workers=2)
+    next(loader.iterate(LoaderState(0, 0), rank=0, world_size=1))
+    print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_when_the_trainer_is_killed(alpha: Path, tmp_path: Path) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    root = Path(__file__).resolve().parents[2]
+    trainer = subprocess.Popen(
+        [sys.executable, script, alpha], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(root)}
+    )
+    assert trainer.stdout is not None
+    children = [int(number) for number in trainer.stdout.readline().split()]
+    assert len(children) >= 3  # the fork server and two workers, at least
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and any(is_running(child) for child in children):
+        time.sleep(0.2)
+    assert [child for child in children if is_running(child)] == []
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

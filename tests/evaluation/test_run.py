@@ -224,6 +224,5 @@ def test_contamination_is_told_task_by_task(make_task: MakeTask) -> None:
 
     shipped, own = load_task("ham10000_diagnosis"), make_task()
     assert tell(("ham10000_diagnosis",), shipped) == "excluded" and tell(("ham10000_diagnosis",), own) == "unknown"
-    assert tell(("all",), shipped) == "excluded" and tell(("all",), own) == "unknown"
     assert tell((), shipped) == "unknown"
     assert _describe_encoder(encoder, "tiny", shipped).contamination == "none"  # random weights have seen nothing

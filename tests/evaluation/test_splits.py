@@ -206,17 +206,17 @@ def test_pretraining_keeps_out_test_groups_and_only_those(
     write_task(tmp_path, make_task())
     split = load_split(make_task(), clinic)
     test_groups = set(split.groups[split.find("test")].tolist())
-    assert compute_excluded("all", [clinic], tmp_path) == {"clinic": frozenset(test_groups)}
-    assert compute_excluded(["clinic_diagnosis"], [clinic], tmp_path)["clinic"] == test_groups
-    assert compute_excluded("none", [clinic], tmp_path) == {"clinic": frozenset()}
-    assert compute_excluded(["ham10000_diagnosis"], [clinic]) == {"clinic": frozenset()}
+    assert compute_excluded("all", [clinic], tmp_path).groups == {"clinic": frozenset(test_groups)}
+    assert compute_excluded(["clinic_diagnosis"], [clinic], tmp_path).groups["clinic"] == test_groups
+    assert compute_excluded("none", [clinic], tmp_path).groups == {"clinic": frozenset()}
+    assert compute_excluded(["ham10000_diagnosis"], [clinic]).groups == {"clinic": frozenset()}
     with pytest.raises(UserError, match="no such task"):
         compute_excluded(["clinic_diagnosed"], [clinic], tmp_path)
     # A second task adds its own test groups: the union is kept out.
     write_task(tmp_path, make_task(name="second", split=RULE))
     second = load_split(make_task(name="second", split=RULE), clinic)
     union = test_groups | set(second.groups[second.find("test")].tolist())
-    assert compute_excluded("all", [clinic], tmp_path)["clinic"] == union > test_groups
+    assert compute_excluded("all", [clinic], tmp_path).groups["clinic"] == union > test_groups
 
 
 def test_a_test_patient_is_kept_out_of_every_source_that_shares_identifiers(
@@ -228,7 +228,7 @@ def test_a_test_patient_is_kept_out_of_every_source_that_shares_identifiers(
     tasks = tmp_path / "tasks"
     for split in (make_task().split.model_dump(), RULE):
         write_task(tasks, make_task(split=split))
-        excluded = compute_excluded("all", [clinic, slides, foreign], tasks)
+        excluded = compute_excluded("all", [clinic, slides, foreign], tasks).groups
         assert excluded["clinic"] and excluded["clinic_slides"] == excluded["clinic"]
         assert excluded["foreign"] == frozenset()
 
@@ -254,4 +254,4 @@ def test_shipped_splits_fit_shards_of_the_real_images(real_data: Path, tmp_path:
     split = load_split(load_task("isic_uda1_melanoma"), shard_set)
     assert [len(split.find(fold)) for fold in ("train", "val", "test")] == [31, 7, 12]
     assert split.notes == () and split.group_kind == "sample"
-    assert len(compute_excluded("all", [shard_set])["isic_uda1"]) == 12
+    assert len(compute_excluded("all", [shard_set]).groups["isic_uda1"]) == 12

@@ -120,6 +120,18 @@ def test_a_mask_covers_what_was_drawn(archive: ArchiveSummary) -> None:
     assert np.mean(np.array(darker) > 0) > 0.8  # the rest are pale lesions: scars, and basal cell carcinomas
 
 
+@pytest.mark.parametrize("modality", ["clinical", "dermoscopic", "total_body"])
+def test_a_mask_is_where_the_lesion_is(modality: str) -> None:
+    dark = {field.name: 0.0 for field in fields(LesionTraits)} | {"melanin": 1.0, "edge_mm": 0.1}
+    traits = LesionTraits(**dark | {"diameter_mm": 6.0, "asymmetry": 0.5, "irregularity": 0.4, "elongation": 0.3})
+    scene = Scene(modality, Camera((1, 1, 1), 1.0, 0.0, 0.0, 0.0, 0.0), 1, 0.0)
+    photograph = draw_photograph(traits, scene, (7, 7), np.random.default_rng(2))
+    grey = photograph.image.mean(axis=2)
+    seen = grey < (np.median(grey[photograph.mask]) + np.median(grey[~photograph.mask])) / 2
+    overlap = (seen & photograph.mask).sum() / (seen | photograph.mask).sum()
+    assert overlap > 0.65  # lens and light dim the corners too; the mask turned by 180 degrees gives 0.25 to 0.42
+
+
 def test_a_lesion_grows_as_its_traits_say() -> None:
     traits = LesionTraits(**{field.name: 0.2 for field in fields(LesionTraits)} | {"diameter_mm": 4.0, "growth": 1.5})
     assert grow(traits, 0.0) == traits

@@ -12,6 +12,7 @@ from panfm.config import load_config
 from panfm.encoder.facts import read_facts
 from panfm.errors import UserError
 from panfm.files import read_json
+from panfm.shards.index import Exclusion, open_shard_set
 from panfm.tracking import read_metrics
 from panfm.training.checkpoint import find_checkpoint, list_checkpoints
 from panfm.training.pretrain import PretrainConfig, every, pretrain
@@ -95,7 +96,7 @@ def test_two_ranks_draw_the_same_samples_and_resume_exactly(config: Path, tmp_pa
     # Stochastic depth draws by rank, so the comparison with one process is made without it.
     plain = ("encoder.drop_path_rate=0", "schedule.total_samples=64")
     one, two = tmp_path / "one", tmp_path / "two"
-    pretrain(load_config(PretrainConfig, config, plain), out=one, excluded={})
+    pretrain(load_config(PretrainConfig, config, plain), out=one, excluded=Exclusion())
     code, printed = run_pretrain(config, two, *plain, ranks=2)
     assert code == 0, printed
     assert read_losses(two) == pytest.approx(read_losses(one), rel=1e-5)
@@ -135,23 +136,21 @@ def test_torn_and_changed_runs(config: Path, whole: Path, tmp_path: Path) -> Non
     data[len(data) // 2] ^= 1
     state.write_bytes(data)
     settings = load_config(PretrainConfig, config)
-    summary = pretrain(settings, out=out, excluded={})
+    summary = pretrain(settings, out=out, excluded=Exclusion())
     assert (summary.outcome, summary.step, summary.exit_code) == ("finished", 8, 0)
     assert find_checkpoint(out)[1] == []  # the torn one was replaced
     assert hash_state(out) == hash_state(whole)
 
     with pytest.raises(UserError, match=r"optim\.base_lr was 0\.01 and is now 0\.02"):
-        pretrain(load_config(PretrainConfig, config, ["optim.base_lr=0.02"]), out=out, excluded={})
+        pretrain(load_config(PretrainConfig, config, ["optim.base_lr=0.02"]), out=out, excluded=Exclusion())
     with pytest.raises(UserError, match="holds step-00000008; with --resume never"):
-        pretrain(settings, out=out, excluded={}, resume="never")
+        pretrain(settings, out=out, excluded=Exclusion(), resume="never")
     group = next(iter(read_groups(settings)))
     with pytest.raises(UserError, match="the samples changed since the run began"):
-        pretrain(settings, out=out, excluded={"drawn": frozenset({group})})
+        pretrain(settings, out=out, excluded=Exclusion({"drawn": frozenset({group})}))
 
 
 def read_groups(settings: PretrainConfig) -> set[str]:
-    from panfm.shards.index import open_shard_set
-
     return set(open_shard_set(settings.data.shards[0]).table["group_id"].to_pylist())
 
 
@@ -160,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ["optim.base_lr=1e30", "engine.clip_grad_norm=null", "data.workers=0", "checkpoint.save_every=1"]
-    summary = pretrain(load_config(PretrainConfig, config, overrides), out=tmp_path / "run", excluded={})
+    summary = pretrain(load_config(PretrainConfig, config, overrides), out=tmp_path / "run", excluded=Exclusion())
     assert (summary.outcome, summary.exit_code) == ("diverged", 4)
     printed = capfd.readouterr().err
     assert "optim.base_lr (1e+30)" in printed
@@ -171,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(
 def test_config_mistakes_are_named(config: Path, tmp_path: Path) -> None:
     def attempt(*overrides: str, resume: str = "auto") -> None:
         settings = load_config(PretrainConfig, config, overrides)
-        pretrain(settings, out=tmp_path / "run", excluded={}, resume=resume)
+        pretrain(settings, out=tmp_path / "run", excluded=Exclusion(), resume=resume)
 
     with pytest.raises(UserError, match=r"augment.image_size \(64\) must equal encoder.image_size \(32\)"):
         attempt("augment.image_size=64")

@@ -9,7 +9,10 @@ s * global_batch_size on; rank r takes slice r of them. The state of the stream 
 """
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -388,6 +391,16 @@ def _keep(item: Any) -> Any:
 
 
 def _start_worker(number: int) -> None:
+    # A worker's parent is the fork server, which outlives a trainer that is killed: torch's own watch never fires.
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    threading.Thread(target=_end_with, args=(trainer.sentinel,), daemon=True).start()
     # Ctrl-C reaches the whole process group; the training process decides when its workers end.
     with suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process when the process behind `sentinel` has ended, however it did."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

@@ -30,6 +30,7 @@ class SourceFacts:
     source: str
     path: str
     licence: str
+    synthetic: bool
     data_hash: str
     num_samples: int  # in the index
     num_excluded: int  # in groups that evaluation tests on
@@ -77,6 +78,7 @@ def select_samples(
         source=shard_set.source,
         path=str(shard_set.path),
         licence=shard_set.card.licence,
+        synthetic=shard_set.card.synthetic,
         data_hash=shard_set.compute_data_hash(),
         num_samples=table.num_rows,
         num_excluded=int(np.count_nonzero(drop)),

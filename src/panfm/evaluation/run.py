@@ -317,10 +317,7 @@ def _describe_encoder(encoder: Encoder, name: str, card: TaskCard) -> EncoderCar
     """The encoder as this task's Results show it. Contamination is a fact about an encoder and a task together."""
     values = {**asdict(encoder.card), "name": name}
     if encoder.facts is not None:
-        # "all" stands for the tasks that panfm ships: one that a user added later was not known to the pretraining.
-        names = encoder.facts.excluded_tasks
-        kept_out = card.name in names or ("all" in names and card.name in list_tasks())
-        values["contamination"] = "excluded" if kept_out else "unknown"
+        values["contamination"] = "excluded" if card.name in encoder.facts.excluded_tasks else "unknown"
     return EncoderCard(**values)
 
 

@@ -32,7 +32,7 @@ from panfm.evaluation.tasks import (
 )
 from panfm.files import compute_json_hash, list_resources, open_atomic
 from panfm.shards.cards import load_card
-from panfm.shards.index import ShardSet
+from panfm.shards.index import Exclusion, ShardSet
 
 SPLIT_FOLDER = "evaluation/splits"
 SPLIT_SCHEMA = pa.schema(
@@ -204,10 +204,10 @@ def compute_excluded(
     tasks: Literal["all", "none"] | Sequence[str],
     shard_sets: Sequence[ShardSet],
     task_dir: str | Path | None = None,
-) -> dict[str, frozenset[str]]:
+) -> Exclusion:
     """Find the groups that pretraining must not see: the test groups, and only those, of the named tasks.
 
-    tasks: names, "all" known tasks, or "none". Returns source -> group ids, for every source among `shard_sets`.
+    tasks: names, "all" known tasks, or "none". The answer has a set of group ids for every source among `shard_sets`.
     A patient is one patient in every source that shares its identifiers (one namespace in their cards): test groups of
     a task on photographs are also kept out of the slides, and those of an absent source out of the ones present.
 
@@ -216,11 +216,12 @@ def compute_excluded(
     """
     excluded: dict[str, set[str]] = {shard_set.source: set() for shard_set in shard_sets}
     if tasks == "none":
-        return {source: frozenset() for source in excluded}
+        return Exclusion({source: frozenset() for source in excluded})
     if isinstance(tasks, str) and tasks != "all":
         raise UserError(f"data.exclude.tasks ({tasks!r}): it must be all, none, or a list of task names")
     groups_of = {id(shard_set): frozenset(_get_groups(shard_set)) for shard_set in shard_sets}
-    for name in list_tasks(task_dir) if tasks == "all" else tasks:
+    names = tuple(list_tasks(task_dir) if tasks == "all" else tasks)
+    for name in names:
         card = load_task(name, task_dir)
         own = [shard_set for shard_set in shard_sets if shard_set.source == card.source]
         if own:
@@ -240,7 +241,7 @@ def compute_excluded(
                 continue
             groups = groups_of[id(shard_set)]
             excluded[shard_set.source] |= groups & (test if own else _find_absent_test_groups(card, groups, task_dir))
-    return {source: frozenset(groups) for source, groups in excluded.items()}
+    return Exclusion({source: frozenset(groups) for source, groups in excluded.items()}, names)
 
 
 def _find_absent_test_groups(card: TaskCard, groups: frozenset[str], task_dir: str | Path | None) -> set[str]:

@@ -10,6 +10,7 @@ number of processes. The folder gets its name when it is whole.
 
 import csv
 import io
+import shutil
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def write_archive(out: Path, *, num_patients: int = 200, seed: int = 0, processe
             out.rmdir()
         folder.rename(out)
     except BaseException:
-        str(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     return ArchiveSummary(
         out=out,

@@ -189,12 +189,17 @@ class _OpenSlide:
         self, level: int, origin: tuple[int, int], size: tuple[float, float], out: tuple[int, int]
     ) -> Image.Image | None:
         """Read the box at `origin` of `size` level-0 pixels from `level`, resampled to `out` pixels, RGB on white."""
-        down, limit = self.downsamples[level], self.level_sizes[level]
+        limit = self.level_sizes[level]
+        # Level sizes are rounded, so each axis has its own ratio; OpenSlide turns places into pixels by their mean.
+        ratio = [self.level_sizes[0][axis] / limit[axis] for axis in (0, 1)]
+        start = [origin[axis] / ratio[axis] for axis in (0, 1)]  # the box in pixels of the level
+        end = [min((origin[axis] + size[axis]) / ratio[axis], limit[axis]) for axis in (0, 1)]
         # The resampling filter looks beyond the box, so a margin is read with it where the slide goes on.
-        margin = [math.ceil(3 * max(1.0, size[axis] / down / out[axis])) for axis in (0, 1)]
-        first = [max(0, math.floor(origin[axis] / down) - margin[axis]) for axis in (0, 1)]
-        last = [min(limit[axis], math.ceil((origin[axis] + size[axis]) / down) + margin[axis]) for axis in (0, 1)]
-        location = (round(first[0] * down), round(first[1] * down))
+        margin = [math.ceil(3 * max(1.0, (end[axis] - start[axis]) / out[axis])) for axis in (0, 1)]
+        first = [max(0, math.floor(start[axis]) - margin[axis]) for axis in (0, 1)]
+        last = [min(limit[axis], math.ceil(end[axis]) + margin[axis]) for axis in (0, 1)]
+        mean = self.downsamples[level]
+        location = (round(first[0] * mean), round(first[1] * mean))
         try:
             region = self.handle.read_region(location, level, (last[0] - first[0], last[1] - first[1]))
         except openslide.OpenSlideError:
@@ -203,12 +208,14 @@ class _OpenSlide:
             self.handle = self._open()
             return None
         picture = Image.alpha_composite(Image.new("RGBA", region.size, "white"), region).convert("RGB")
-        left, top = (origin[0] - location[0]) / down, (origin[1] - location[1]) / down
-        # A last pixel that the pyramid rounded away may be missing at the right or lower edge.
-        right, bottom = min(left + size[0] / down, picture.width), min(top + size[1] / down, picture.height)
+        left, top = start[0] - location[0] / mean, start[1] - location[1] / mean
+        right, bottom = (
+            min(value, side)
+            for value, side in zip((left + end[0] - start[0], top + end[1] - start[1]), picture.size, strict=True)
+        )
         if (left, top, right, bottom) == (round(left), round(top), round(left) + out[0], round(top) + out[1]):
             return picture.crop((round(left), round(top), round(right), round(bottom)))  # stored pixels, untouched
-        return picture.resize(out, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        return picture.resize(out, Image.Resampling.BICUBIC, box=(max(left, 0.0), max(top, 0.0), right, bottom))
 
 
 def _read_mpp(slide: _OpenSlide, settings: SlideSettings) -> tuple[float, float]:
@@ -258,7 +265,7 @@ def _compute_tissue_mask(
     for top in range(0, rows, MASK_BLOCK):
         for left in range(0, columns, MASK_BLOCK):
             block = (min(MASK_BLOCK, columns - left), min(MASK_BLOCK, rows - top))
-            origin = (round(left * mask_mpp / mpp[0]), round(top * mask_mpp / mpp[1]))
+            origin = (int(left * mask_mpp / mpp[0]), int(top * mask_mpp / mpp[1]))  # down: the last stays inside
             size = (block[0] * mask_mpp / mpp[0], block[1] * mask_mpp / mpp[1])
             window = np.s_[top : top + block[1], left : left + block[0]]
             picture = slide.read_box(fine[-1] if fine else 0, origin, size, block)
@@ -281,8 +288,10 @@ def compute_tissue(image: npt.NDArray[np.uint8], mpp: float) -> npt.NDArray[np.b
     threshold = float(np.clip(_compute_otsu(saturation), *SATURATION_BOUNDS))
     tissue = ndimage.binary_dilation((saturation > threshold) & (brightest > MIN_BRIGHTNESS))
     tissue = ndimage.binary_erosion(tissue, border_value=1)  # binary_closing would eat tissue at the slide's edge
-    tissue = _drop_small(tissue, MIN_TISSUE_UM2 / mpp**2)
-    return ~_drop_small(~tissue, MAX_HOLE_UM2 / mpp**2)
+    tissue &= ~_find_small(tissue, MIN_TISSUE_UM2 / mpp**2)
+    glass = np.pad(~tissue, 1, constant_values=True)  # what touches the edge of the slide is no hole in the tissue
+    filled: npt.NDArray[np.bool_] = tissue | _find_small(glass, MAX_HOLE_UM2 / mpp**2)[1:-1, 1:-1]
+    return filled
 
 
 def _compute_otsu(values: npt.NDArray[np.float32]) -> float:
@@ -298,12 +307,10 @@ def _compute_otsu(values: npt.NDArray[np.float32]) -> float:
     return float(edges[1 + int(np.argmax(variance))])
 
 
-def _drop_small(mask: npt.NDArray[np.bool_], min_area: float) -> npt.NDArray[np.bool_]:
-    """Clear the connected regions of `mask` with fewer than `min_area` pixels."""
-    labels, count = ndimage.label(mask)
-    if count == 0:
-        return mask
-    keep = np.bincount(labels.ravel()) >= min_area
-    keep[0] = False
-    kept: npt.NDArray[np.bool_] = keep[labels]
-    return kept
+def _find_small(mask: npt.NDArray[np.bool_], area: float) -> npt.NDArray[np.bool_]:
+    """The connected regions of `mask` that have fewer than `area` pixels."""
+    labels, _ = ndimage.label(mask)
+    small = np.bincount(labels.ravel()) < area
+    small[0] = False  # label 0 is what is not in the mask
+    found: npt.NDArray[np.bool_] = small[labels]
+    return found

@@ -10,7 +10,7 @@ same call runs on one process and under torchrun. SIGTERM and SIGUSR1 end the ru
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any, Literal
 import psutil
 import torch
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from panfm import __version__
@@ -53,6 +52,7 @@ from panfm.objectives.pretraining import (
 )
 from panfm.optim import OptimConfig, ScheduleConfig, check_schedule, compute_lr, compute_num_steps
 from panfm.progress import console, progress_bar
+from panfm.shards.index import Exclusion
 from panfm.tracking import TrackingConfig, append_metrics, open_wandb, trim_metrics, write_loss_curve
 from panfm.training.checkpoint import (
     CheckpointConfig,
@@ -110,12 +110,10 @@ class PretrainSummary:
         return EXIT_CODES[self.outcome]
 
 
-def pretrain(
-    config: PretrainConfig, *, out: Path, excluded: Mapping[str, frozenset[str]], resume: str = "auto"
-) -> PretrainSummary:
+def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: str = "auto") -> PretrainSummary:
     """Train an encoder into the run folder `out`; every rank calls this with the same arguments.
 
-    `excluded` names, by source, the groups that must never be drawn (the test groups of the evaluation tasks). With
+    `excluded` names the groups that must never be drawn (`panfm.evaluation.splits.compute_excluded`). With
     resume="auto" the newest whole checkpoint in `out` is continued, if there is one; "never" refuses a folder that
     holds any. Raises UserError for what the config gets wrong, before anything is trained.
     """
@@ -133,8 +131,9 @@ def pretrain(
         num_steps = compute_num_steps(config.schedule, batch_size)
 
         # 1. The model: encoder and heads inside the engine, frozen teachers outside.
-        initial = load_encoder(encoder_config.init).module.state_dict() if encoder_config.init is not None else None
-        vit = build_vit(encoder_config, seed, initial)
+        initial = encoder_config.init
+        weights = None if initial is None else load_encoder(initial).module.model.state_dict()
+        vit = build_vit(encoder_config, seed, weights)
         teachers = {address: load_encoder(address, device=str(device)) for address in get_teacher_addresses(objectives)}
         model = build_pretraining_model(
             vit,
@@ -160,7 +159,7 @@ def pretrain(
                 seed=seed,
                 global_batch_size=batch_size,
                 micro_batch_size=config.engine.micro_batch_size,
-                excluded=excluded,
+                excluded=excluded.groups,
             )
         )
 
@@ -169,7 +168,7 @@ def pretrain(
 
         # 3. Where the run stands: at the beginning, or where its newest whole checkpoint left off.
         state = TrainingState(step=0, samples_seen=0, salt=0)
-        facts = _describe_encoder(config, plain, model.encoder, loader.sources)
+        facts = _describe_encoder(config, plain, loader.sources, excluded.tasks)
         found = list_checkpoints(out)
         if found and resume == "never":
             raise UserError(
@@ -325,11 +324,10 @@ def _check_config(config: PretrainConfig, resume: str) -> None:
 
 
 def _describe_encoder(
-    config: PretrainConfig, plain: dict[str, Any], encoder: VisionTransformer, sources: Sequence[SourceFacts]
+    config: PretrainConfig, plain: dict[str, Any], sources: Sequence[SourceFacts], excluded_tasks: tuple[str, ...]
 ) -> EncoderFacts:
     """The facts that every checkpoint of this run carries; step and samples_seen are filled in at each."""
     size = config.encoder.image_size
-    tasks = config.data.exclude.tasks
     return EncoderFacts(
         timm_name=config.encoder.name,
         timm_kwargs=get_timm_kwargs(config.encoder),
@@ -350,10 +348,11 @@ def _describe_encoder(
                 num_kept=source.num_kept,
                 num_excluded=source.num_excluded,
                 data_hash=source.data_hash,
+                synthetic=source.synthetic,
             )
             for source in sources
         ),
-        excluded_tasks=() if tasks == "none" else (tasks,) if isinstance(tasks, str) else tuple(tasks),
+        excluded_tasks=excluded_tasks,
         code_version=__version__,
     )
 
