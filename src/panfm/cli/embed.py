@@ -37,5 +37,5 @@ def run(
         parts = [compute_features(model, open_shard_set(folder), cache_dir=cache) for folder in folders]
         keys = [key for part in parts for key in part.keys]
         values = np.concatenate([part.values for part in parts])
-    write_features(out, keys, values)
+    write_features(out, keys, values, {"encoder": model.address, "encoder_hash": model.hash})
     typer.echo(f"{out}: {len(keys)} features of {model.embed_dim} dimensions from {model.name}")

@@ -13,6 +13,9 @@ def run(
         typer.Argument(help="key.sub=value pairs that change the config, for example optim.base_lr=1e-3"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the config>.")] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(help="Folder with task cards of your own: their test groups are kept out too.")
+    ] = None,
     resume: Annotated[
         str,
         typer.Option(help="auto: go on from the newest whole checkpoint in the run folder; never: refuse one there."),
@@ -32,7 +35,7 @@ def run(
     settings = load_config(PretrainConfig, config, overrides or (), folder="configs/pretrain")
     # The evaluation room knows which groups are tested on, the training room must not see them: both meet here.
     shard_sets = [open_shard_set(path) for path in settings.data.shards]
-    excluded = compute_excluded(settings.data.exclude.tasks, shard_sets)
+    excluded = compute_excluded(settings.data.exclude.tasks, shard_sets, task_dir)
     folder = out or Path("runs") / Path(config).stem
     summary = pretrain(settings, out=folder, excluded=excluded, resume=resume)
     raise typer.Exit(summary.exit_code)
