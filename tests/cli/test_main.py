@@ -134,6 +134,7 @@ def test_undecodable_images_are_set_aside_and_too_many_stop_the_build(archive: P
     assert not (out / "index.json").exists()
 
 
+@pytest.mark.slow
 def test_bad_runs(shards: Path, tmp_path: Path) -> None:
     def pretrain(*overrides: str) -> subprocess.CompletedProcess[str]:
         return panfm("pretrain", "debug_cpu", f"data.shards=[{shards}]", *overrides, "--out", tmp_path / "run")
@@ -146,6 +147,7 @@ def test_bad_runs(shards: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_bad_encoders_and_tasks(shards: Path, tmp_path: Path) -> None:
     def embed(address: str) -> subprocess.CompletedProcess[str]:
         return panfm("embed", address, shards, "--out", tmp_path / "f.parquet", "--cache", tmp_path / "cache")

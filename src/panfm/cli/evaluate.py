@@ -1,5 +1,6 @@
 """`panfm evaluate`: encoders x tasks x protocols x label fractions -> Result files."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -31,19 +32,20 @@ def run(
     from panfm.config import load_config
     from panfm.evaluation.run import EvaluateConfig, run_evaluation
 
+    changes = list(overrides or ())
+    if "=" in config:  # `panfm evaluate run key=value` without a config: the first word is an override too
+        changes, config = [config, *changes], "default"
     given: dict[str, object] = {
         "encoders": encoder,
         "shards": [str(path) for path in shards] if shards else None,
         "tasks": _names(tasks) if tasks else None,
         "protocols": _names(protocols) if protocols else None,
-        "fractions": [float(value) for value in _names(fractions)] if fractions else None,
+        "fractions": _names(fractions) if fractions else None,
         "task_dir": str(task_dir) if task_dir else None,
         "out": str(out) if out else None,
     }
-    import json
-
     options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    settings = load_config(EvaluateConfig, config, [*(overrides or ()), *options], folder="configs/evaluate")
+    settings = load_config(EvaluateConfig, config, [*changes, *options], folder="configs/evaluate")
     summary = run_evaluation(settings)
     typer.echo(str(summary))
     raise typer.Exit(1 if summary.failures else 0)
