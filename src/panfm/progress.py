@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Item = TypeVar("Item")
 LINE_EVERY_SECONDS = 15.0
+PIPED_WIDTH = 160  # columns of a table that goes into a file or a log
 
 console = Console(stderr=True)
 
@@ -79,4 +80,4 @@ def track(items: Iterable[Item], description: str, total: int | None = None, *, 
 
 def print_output(renderable: object) -> None:
     """Print a rich table or text to standard output: a command's result, where progress goes to standard error."""
-    Console().print(renderable)
+    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(renderable)
