@@ -180,12 +180,20 @@ def test_config_mistakes_are_named(config: Path, tmp_path: Path) -> None:
         attempt(resume="maybe")
     with pytest.raises(UserError, match=r"unknown key optim\.lrr"):
         attempt("optim.lrr=1")
+    with pytest.raises(UserError, match=r"contrastive sees only 4 images together .* of engine.global_batch_size 8"):
+        attempt(
+            "objectives=[{kind: contrastive, num_views: 1}]",
+            "engine.global_batch_size=8",
+            "engine.micro_batch_size=4",
+            "schedule.warmup_samples=0",
+        )
     assert not (tmp_path / "run").exists()
 
 
-def test_the_shipped_debug_config_is_valid() -> None:
-    settings = load_config(PretrainConfig, "debug_cpu", folder="configs/pretrain")
-    assert settings.tracking.wandb == "disabled"
+@pytest.mark.parametrize("name", ["debug_cpu", "demo", "masked_latent_cpu", "masked_pixels_cpu"])
+def test_every_shipped_config_is_valid(name: str) -> None:
+    settings = load_config(PretrainConfig, name, ["data.shards=[x]"], folder="configs/pretrain")
+    assert settings.data.exclude.tasks == "all" and settings.tracking.wandb == "disabled"
 
 
 def test_every() -> None:

@@ -42,6 +42,7 @@ from panfm.encoder import load_encoder
 from panfm.encoder.facts import EncoderFacts, TransformFacts
 from panfm.errors import UserError
 from panfm.models.vit import EncoderConfig, build_vit, encode_visible, get_patch_grid, get_timm_kwargs
+from panfm.objectives.contrastive import ContrastiveConfig
 from panfm.objectives.pretraining import (
     ObjectiveConfig,
     PretrainingModel,
@@ -125,6 +126,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
     with ExitStack() as stack:
         stack.enter_context(process_group(device))
         stop = stack.enter_context(_catch_signals())
+        _check_accumulation(config, get_world_size())
         plain = to_plain(config)
         objectives = config.objectives
         encoder_config, batch_size, seed = config.encoder, config.engine.global_batch_size, config.engine.seed
@@ -321,6 +323,18 @@ def _check_config(config: PretrainConfig, resume: str) -> None:
         )
     if config.augment.views < (num_views := get_num_views(config.objectives)):
         raise UserError(f"augment.views ({config.augment.views}) must be at least {num_views} for these objectives")
+
+
+def _check_accumulation(config: PretrainConfig, world_size: int) -> None:
+    """A contrastive loss compares the images of one batch: cut into micro batches it would be another loss."""
+    together = config.engine.micro_batch_size * world_size
+    contrasts = any(isinstance(objective, ContrastiveConfig) for objective in config.objectives)
+    if contrasts and together < config.engine.global_batch_size:
+        raise UserError(
+            f"objectives: contrastive sees only {together} images together (engine.micro_batch_size "
+            f"{config.engine.micro_batch_size} x world_size {world_size}) of engine.global_batch_size "
+            f"{config.engine.global_batch_size}; make them equal, for example engine.global_batch_size={together}"
+        )
 
 
 def _describe_encoder(
