@@ -340,12 +340,14 @@ def test_processes_seed_and_reruns(make_archive: Callable[..., Any], tmp_path: P
 
 
 KILLED_BUILD = """
+import signal
 import json, sys
 from pathlib import Path
 from panfm.shards.cards import SourceCard
 from panfm.shards.writer import BuildOptions, build_shards
 card, root, out = sys.argv[1:]
 options = BuildOptions(samples_per_shard=1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it, and so would we
 build_shards(SourceCard.model_validate_json(card), Path(root), Path(out), options=options)
 """
 
