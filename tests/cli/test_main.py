@@ -102,6 +102,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in run.stderr
 
 
+@pytest.mark.slow
 def test_bad_cards_and_archives(archive: Path, tmp_path: Path) -> None:
     card = yaml.safe_load((archive / "tiny.yaml").read_text())
 
@@ -176,6 +177,7 @@ def test_bad_encoders_and_tasks(shards: Path, tmp_path: Path) -> None:
     assert_one_line(panfm("leaderboard", "build", tmp_path / "nothing"), "nothing")
 
 
+@pytest.mark.slow
 def test_shards_of_another_schema_version_and_torn_builds_are_refused(shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -100,6 +100,7 @@ def test_another_number_of_ranks_draws_the_same_stream(
     assert_same(draw_steps(loader, 5, world_size=world_size), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_another_number_of_workers_draws_the_same_stream(
     workers: int, alpha: Path, beta: Path, reference: list[Batch]
