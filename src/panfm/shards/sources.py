@@ -1,341 +1,288 @@
 """From a source's table to Records: the first step on the user's own files. No image is opened here.
 
-    SourceCard + ROOT/table.csv  ->  one Record a row: files, raw ids, typed metadata  ->  writer.build_shards
+    SourceCard + ROOT  ->  tables.iterate_rows  ->  one Record an image: files, raw ids, typed metadata  ->  RecordTable
 
 Raw ids and dates live in Records only, in memory; the writer hashes the ids, and dates are days since the first visit
 by the time that they are here. Every fault of the table is a UserError that names file, line, column, value and rule.
 """
 
-import csv
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import date, datetime
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from panfm.errors import UserError
-from panfm.shards.cards import ColumnField, SourceCard
-from panfm.shards.schema import MODALITIES, Confirmation, Modality
+from panfm.shards.amendments import Amendments, read_amendments
+from panfm.shards.cards import MEMBER_MARK, PLACEHOLDER, SourceCard
+from panfm.shards.cells import PARSERS, PASSED_ON, Cells, ColumnType
+from panfm.shards.raw_files import FileFinder
+from panfm.shards.records import Record, RecordBuilder, RecordTable
+from panfm.shards.schema import MODALITIES
+from panfm.shards.spreadsheets import to_decimal_point
+from panfm.shards.tables import STEM, describe_table, iterate_rows
 
-CLOSED: dict[ColumnField, tuple[str, ...]] = {
-    "modality": MODALITIES,
-    "sex": ("female", "male", "other"),
-    "confirmed_by": get_args(Confirmation),
-}
-TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+__all__ = ["Record", "RecordTable", "compare_with_expected", "compute_code_report", "read_records"]
 
-
-@dataclass(frozen=True)
-class Record:
-    """One row of a source's table, before anything is hashed. `line` is its line in the table."""
-
-    line: int
-    path: Path
-    raw_id: str  # what the sample's key is computed from: the key column, else the path in the archive
-    modality: Modality
-    mask_path: Path | None = None
-    caption: str | None = None
-    patient_id: str | None = None
-    lesion_id: str | None = None
-    slide_id: str | None = None
-    visit_day: int | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)  # further fields of Sample, typed
-    labels: dict[str, str] = field(default_factory=dict)
-    tabular: dict[str, float | str | bool] = field(default_factory=dict)
+NO_DATE = np.iinfo(np.int32).min
 
 
-def read_records(card: SourceCard, root: Path) -> list[Record]:
-    """Read the table of a source below `root` into Records, in the table's order.
+def read_records(card: SourceCard, root: Path) -> RecordTable:
+    """Read the rows of a source below `root` into Records, in the table's order; a row with two images gives two.
 
     Raises UserError for a missing or empty table, a column that the card names and the table lacks, a value outside a
-    closed map or set, a number or date that is none, two rows with one key, and ids that contradict each other.
+    closed map or set, a number or date that is none, two rows with one key, ids that contradict each other, and a
+    correction that does not fit.
     """
-    table = root / card.table
-    lines = _read_table(card, table)
-    tabular_types = {column: _infer_type(card, (row[column] for _, row in lines)) for column in card.tabular}
-    records: list[Record] = []
-    dates: list[date | None] = []
-    for line, row in lines:
-        cells = _Cells(card, table, line, row)
-        records.append(_read_record(card, root, cells, tabular_types))
-        dates.append(cells.parse("visit_date", lambda text: datetime.strptime(text, card.date_format).date()))
-    _check_keys(records, table)
-    records = _complete_patients(card, records, table)
+    root = Path(root)
+    where = describe_table(card, root)
+    amendments = read_amendments(card, root)
+    finder = FileFinder(root)
+    builder = RecordBuilder(root)
+    types = {column: ColumnType() for column in card.tabular}
+    days: list[int] = []
+    for line, row in iterate_rows(card, root):
+        cells = Cells(card, where, line, row)
+        facts = _read_facts(cells, types, amendments)
+        day = cells.parse("visit_date", lambda text: datetime.strptime(text, card.date_format).date().toordinal())
+        for image in _read_images(cells, finder, amendments, facts["labels"]):
+            builder.add(**(facts | image))
+            days.append(NO_DATE if day is None else day)
+    amendments.check_all_used()
+    records = builder.build({name: kind.decide() for name, kind in types.items()}, amendments.label_version)
+    _check_keys(records, where)
+    records = _complete_patients(card, records, where)
     if "visit_date" in card.columns:
-        records = _compute_visit_days(records, dates)
+        records = _compute_visit_days(records, np.array(days, dtype=np.int32))
     return records
 
 
-def compare_with_expected(card: SourceCard, records: Iterable[Record]) -> tuple[str, ...]:
+def compare_with_expected(card: SourceCard, records: RecordTable) -> tuple[str, ...]:
     """Say where the counts of the records differ from those that the card expects; empty if nowhere."""
-    records = list(records)
     differences = []
-    if card.expected.images is not None and len(records) != card.expected.images:
-        differences.append(f"{len(records)} images, {card.expected.images} expected")
-    for label, expected in card.expected.labels.items():
-        found = Counter(record.labels[label] for record in records if label in record.labels)
-        for value in sorted(set(expected) | set(found)):
-            if found[value] != expected.get(value, 0):
-                differences.append(f"{label} {value}: {found[value]}, {expected.get(value, 0)} expected")
+    table, expected = records.table, card.expected
+    numbers = [
+        ("images", len(records), expected.images),
+        ("patients", len(pc.unique(table["patient_id"].drop_null())), expected.patients),
+        ("lesions", _count_lesions(card, table), expected.lesions),
+        ("masks", len(records) - table["mask_path"].null_count, expected.masks),
+    ]
+    differences += [
+        f"{found} {name}, {wanted} expected"
+        for name, found, wanted in numbers
+        if wanted is not None and found != wanted
+    ]
+    labels = records.count_labels()
+    for label, values in card.expected.labels.items():
+        counts = labels.get(label, Counter())
+        for value in sorted(set(values) | set(counts)):
+            if counts[value] != values.get(value, 0):
+                differences.append(f"{label} {value}: {counts[value]}, {values.get(value, 0)} expected")
     return tuple(differences)
 
 
-def _read_table(card: SourceCard, table: Path) -> list[tuple[int, dict[str, str]]]:
-    """The rows of the CSV with their line numbers, cells stripped; columns checked against the card."""
-    if not table.parent.is_dir():
-        raise UserError(f"{table.parent}: no such folder; --root must be the folder that holds {card.table}")
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = header
-            rows = [(reader.line_num, row) for row in reader]
-    except FileNotFoundError:
-        raise UserError(
-            f"{table}: no such file; card {card.name} reads its table there, so check --root or the card's table"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{table}: byte {error.start} is not UTF-8; save the table as UTF-8 CSV") from None
-    except csv.Error as error:
-        raise UserError(f"{table}, line {reader.line_num}: not valid CSV ({error})") from None
-    named = [(f"columns.{name}", column) for name, column in card.columns.items()]
-    named += [(f"labels.{name}", label.column) for name, label in card.labels.items()]
-    named += [("tabular", column) for column in card.tabular]
-    named += [("only", column) for column in card.only]
-    for where, column in named:
-        if column not in header:
-            near = get_close_matches(column, header, n=1, cutoff=0.4)
-            hint = f"the nearest is {near[0]}" if near else f"it has {', '.join(header) or 'none'}"
-            raise UserError(f"{table}: has no column {column}, which {where} of card {card.name} names; {hint}")
-    if not rows:
-        raise UserError(f"{table}: has no rows; an empty archive cannot become shards")
-    for line, row in rows:
-        if None in row or None in row.values():
-            raise UserError(
-                f"{table}, line {line}: has not as many cells as the header ({len(header)}); repair the row"
-            )
-    stripped = [(line, {name: cell.strip() for name, cell in row.items()}) for line, row in rows]
-    kept = [(line, row) for line, row in stripped if all(row[name] in texts for name, texts in card.only.items())]
-    if not kept:
-        raise UserError(f"{table}: none of its {len(rows)} rows is among those that `only` of card {card.name} keeps")
-    return kept
+def compute_code_report(card: SourceCard, records: RecordTable) -> dict[str, dict[str, tuple[int, str | None]]]:
+    """How labels map to codes: "diagnosis#icd10" -> value -> (number of images, its code or None)."""
+    counts = records.count_labels()
+    return {
+        f"{name}#{system}": {
+            value: (number, codes.get(value)) for value, number in counts.get(name, Counter()).most_common()
+        }
+        for name, label in card.labels.items()
+        for system, codes in label.codes.items()
+    }
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """One row seen through the card: unknown cells are None, values are mapped, faults name their place."""
-
-    card: SourceCard
-    table: Path
-    line: int
-    row: Mapping[str, str]
-
-    def text(self, name: ColumnField) -> str | None:
-        """The mapped value of a field, or None where it is unknown or has no column."""
-        if (column := self.card.columns.get(name)) is None:
-            return None
-        value = self.mapped(column, self.card.values.get(name), f"values.{name}")
-        if value is not None and name in CLOSED and value not in CLOSED[name]:
-            self.fail(column, value, f"it must be one of {', '.join(CLOSED[name])}; map it under values.{name}")
-        return value
-
-    def mapped(self, column: str, values: Mapping[str, str | None] | None, where: str) -> str | None:
-        """The cell of `column` through a closed map, if there is one."""
-        cell = self.row[column]
-        if cell == "" or cell in self.card.missing:
-            return None
-        if values is None:
-            return cell
-        if cell not in values:
-            self.fail(column, cell, f"{where} lists only {', '.join(values)}; add it there, null if it means unknown")
-        return values[cell]
-
-    def parse(self, name: ColumnField, function: Callable[[str], Any]) -> Any:
-        """The value of a field through `function`; its ValueError becomes a UserError."""
-        if (value := self.text(name)) is None:
-            return None
-        try:
-            return function(value)
-        except (ValueError, KeyError):
-            rule = f"a date like {self.card.date_format}" if name == "visit_date" else RULES[name]
-            self.fail(
-                self.card.columns[name], value, f"{name} must be {rule}; correct it or map it under values.{name}"
-            )
-
-    def fail(self, column: str, value: str, rule: str) -> NoReturn:
-        """Raise the UserError for one cell."""
-        raise UserError(f"{self.table}, line {self.line}, column {column}: {value!r}; {rule} in card {self.card.name}")
+def _count_lesions(card: SourceCard, table: pa.Table) -> int:
+    lesions = table["lesion_id"]
+    if card.lesion_id_scope == "patient":
+        lesions = pc.binary_join_element_wise(table["patient_id"], lesions, "\0")
+    return len(pc.unique(lesions.drop_null()))
 
 
-def _parse_number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        number = float(text)
-        if not low <= number <= high:  # false for NaN too
-            raise ValueError
-        return number
-
-    return parse
+# ------------------------------------------------------------------------------------------------ one row
 
 
-def _parse_whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        number = _parse_number(low, high)(text)
-        if number != int(number):  # pandas writes whole numbers with gaps as "2.0"
-            raise ValueError
-        return int(number)
-
-    return parse
-
-
-PARSERS: dict[ColumnField, Callable[[str], Any]] = {
-    "age": _parse_number(0, 130),
-    "mpp": _parse_number(0.01, 1000),
-    "visit_day": _parse_whole(0, 100_000),
-    "follow_up_days": _parse_whole(0, 100_000),
-    "event": lambda text: TRUTH[text.lower()],
-    "phototype": _parse_whole(1, 6),
-    "phototype_low": _parse_whole(1, 6),
-    "phototype_high": _parse_whole(1, 6),
-}
-RULES: dict[ColumnField, str] = {
-    "age": "a number of years from 0 to 130",
-    "mpp": "a number of microns per pixel",
-    "visit_day": "a whole number of days from 0 on",
-    "follow_up_days": "a whole number of days from 0 on",
-    "event": "true or false",
-    "phototype": "a whole number from 1 to 6",
-    "phototype_low": "a whole number from 1 to 6",
-    "phototype_high": "a whole number from 1 to 6",
-}
-PASSED_ON: tuple[ColumnField, ...] = (
-    "institution",
-    "device",
-    "anatomic_site",
-    "confirmed_by",
-    "follow_up_days",
-    "event",
-    "age",
-    "sex",
-    "phototype_low",
-    "phototype_high",
-    "phototype_source",
-    "official_split",
-    "mpp",
-)
-
-
-def _read_record(card: SourceCard, root: Path, cells: _Cells, tabular_types: Mapping[str, type]) -> Record:
-    path = _read_path(root, cells, "path")
-    if path is None:
-        cells.fail(card.columns["path"], "", "every row must name an image file; complete or delete the row")
+def _read_facts(cells: Cells, types: Mapping[str, "ColumnType"], amendments: Amendments) -> dict[str, Any]:
+    """Everything of a row but its images."""
+    card = cells.card
     metadata: dict[str, Any] = dict(card.constants.items())
     for name in PASSED_ON:
         value = cells.parse(name, PARSERS.get(name, str))
         if value is not None:
             metadata[name] = value
-    if (phototype := cells.parse("phototype", PARSERS["phototype"])) is not None:
-        metadata |= {"phototype_low": phototype, "phototype_high": phototype}
+    if (phototypes := cells.parse("phototype", PARSERS["phototype"])) is not None:
+        metadata |= {"phototype_low": phototypes[0], "phototype_high": phototypes[1]}
     if "phototype_low" not in metadata and "phototype_high" not in metadata:
         metadata.pop("phototype_source", None)  # nobody is the source of what is unknown
-    labels = {name: cells.mapped(label.column, label.values, f"labels.{name}") for name, label in card.labels.items()}
+    labels = {name: cells.label(name, label) for name, label in card.labels.items()}
     tabular = {column: cells.mapped(column, None, "") for column in card.tabular}
-    modality: Any = card.modality or cells.text("modality")
-    if modality is None:
-        cells.fail(card.columns["modality"], "", f"every row must name one of {', '.join(MODALITIES)}")
-    return Record(
-        line=cells.line,
-        path=path,
-        raw_id=cells.text("key") or path.relative_to(root).as_posix(),
-        modality=modality,
-        mask_path=_read_path(root, cells, "mask_path"),
-        caption=cells.text("caption"),
-        patient_id=cells.text("patient_id"),
-        lesion_id=cells.text("lesion_id"),
-        slide_id=cells.text("slide_id"),
-        visit_day=cells.parse("visit_day", PARSERS["visit_day"]),
-        metadata=metadata,
-        labels={name: value for name, value in labels.items() if value is not None},
-        tabular={
-            column: TRUTH[value.lower()] if tabular_types[column] is bool else tabular_types[column](value)
-            for column, value in tabular.items()
-            if value is not None
-        },
+    known = {
+        column: types[column].add(text, to_decimal_point(text, card.dialect))
+        for column, text in tabular.items()
+        if text is not None
+    }
+    return {
+        "line": cells.line,
+        "caption": cells.text("caption"),
+        "patient_id": amendments.find_patient(cells.text("patient_id")),
+        "lesion_id": cells.text("lesion_id"),
+        "slide_id": cells.text("slide_id"),
+        "visit_day": cells.parse("visit_day", PARSERS["visit_day"]),
+        "metadata": metadata,
+        "labels": {name: value for name, value in labels.items() if value is not None},
+        "tabular": known,
+        "identifying": [text for column in card.identifying_columns if (text := cells.mapped(column, None, ""))],
+    }
+
+
+def _read_images(
+    cells: Cells, finder: FileFinder, amendments: Amendments, labels: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """What differs between the images of one row: their files, keys, modalities, and labels as corrected for them."""
+    card, entries, images = cells.card, cells.card.image_entries, []
+    for name, entry in entries.items():
+        found = _find_file(cells, finder, name, entry.path, required=True)
+        if found is None:
+            continue
+        path, member = found
+        place = path if member is None else f"{path}{MEMBER_MARK}{member}"
+        key = PurePosixPath(member or path).stem if card.columns.get("key") == STEM else cells.text("key")
+        if key is not None and len(entries) > 1 and card.columns.get("key") != STEM:
+            key = f"{key}#{name}"
+        raw_id = key or place
+        modality = entry.modality or card.modality or cells.text("modality")
+        if modality is None:
+            cells.fail(card.columns["modality"], "", f"every row must name one of {', '.join(MODALITIES)}")
+        mask = _find_file(cells, finder, name, entry.mask, required=False) if entry.mask else None
+        corrected = amendments.correct(raw_id, dict(labels))
+        images.append(
+            {
+                "path": path,
+                "member": member,
+                "raw_id": raw_id,
+                "modality": modality,
+                "mask_path": mask[0] if mask else None,
+                "mask_member": mask[1] if mask else None,
+                "labels": corrected | _find_codes(card, corrected),
+            }
+        )
+    if not images:
+        columns = sorted(
+            {match[1] for entry in entries.values() for text in entry.path for match in PLACEHOLDER.finditer(text)}
+        )
+        cells.fail(", ".join(columns), "", "every row must name an image file; complete or delete the row")
+    return images
+
+
+def _find_file(
+    cells: Cells, finder: FileFinder, name: str, templates: tuple[str, ...], *, required: bool
+) -> tuple[str, str | None] | None:
+    """(Path relative to the root, member) of the first template whose file exists; None where a cell is unknown.
+
+    Where no file exists: the first template, so that the build counts it as missing; but None for a mask named by a
+    template, which only some images have. A mask that a cell names outright must be there.
+    """
+    first: tuple[str, str | None] | None = None
+    for template in templates:
+        cells_of = [cells.row.get(match[1], "") for match in PLACEHOLDER.finditer(template)]
+        if any(cell == "" or cell in cells.card.missing for cell in cells_of):
+            continue
+        text = PLACEHOLDER.sub(lambda match: cells.row[match[1]], template).replace(
+            "\\", "/"
+        )  # as Windows writes paths
+        path, _, member = text.partition(MEMBER_MARK)
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or (len(path) > 1 and path[1] == ":"):
+            column = next((match[1] for match in PLACEHOLDER.finditer(template)), f"images.{name}")
+            cells.fail(column, text, "paths must lie below --root and be relative to it")
+        found = (pure.as_posix(), member or None)
+        named_outright = PLACEHOLDER.fullmatch(template) is not None
+        if len(templates) == 1 and (required or named_outright):
+            return found  # whether it exists is found out when it is read
+        if finder.has(*found):
+            return found
+        if required or named_outright:
+            first = first or found
+    return first
+
+
+def _find_codes(card: SourceCard, labels: Mapping[str, str]) -> dict[str, str]:
+    """The codes of a row's labels: {"diagnosis#icd10": "C43.9"}."""
+    return {
+        f"{name}#{system}": codes[labels[name]]
+        for name, label in card.labels.items()
+        if name in labels
+        for system, codes in label.codes.items()
+        if labels[name] in codes
+    }
+
+
+# ------------------------------------------------------------------------------------------------ all rows together
+
+
+def _encode(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """A text column as numbers, equal texts equal numbers; -1 where unknown."""
+    codes = column.combine_chunks().dictionary_encode().indices
+    return codes.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[no-any-return]
+
+
+def _check_keys(records: RecordTable, where: str) -> None:
+    codes = _encode(records.table["raw_id"])
+    _, firsts = np.unique(codes, return_index=True)
+    if len(firsts) == len(codes):
+        return
+    second = int(np.setdiff1d(np.arange(len(codes)), firsts)[0])
+    first = int(np.flatnonzero(codes == codes[second])[0])
+    raise UserError(
+        f"{where}, lines {records[first].line} and {records[second].line}: both name the image "
+        f"{records[first].raw_id!r}; one row an image: delete one, or name another column under columns.key"
     )
 
 
-def _read_path(root: Path, cells: _Cells, name: Literal["path", "mask_path"]) -> Path | None:
-    if (text := cells.text(name)) is None:
-        return None
-    path = Path(text)
-    if path.is_absolute() or ".." in path.parts:
-        cells.fail(cells.card.columns[name], text, "paths must lie below --root and be relative to it")
-    return root / path
-
-
-def _infer_type(card: SourceCard, cells: Iterable[str]) -> type:
-    """The narrowest of bool, float and str that every cell of a column fits, decided for the column as a whole."""
-    known = [cell for cell in cells if cell != "" and cell not in card.missing]
-    if known and all(cell.lower() in ("true", "false") for cell in known):
-        return bool
-    return float if known and all(_is_number(cell) for cell in known) else str
-
-
-def _is_number(text: str) -> bool:
-    try:
-        number = float(text)
-    except ValueError:
-        return False
-    # "007" is a code, not a seven; "nan" is for the card's `missing`.
-    return math.isfinite(number) and not (len(text) > 1 and text[0] == "0" and text[1].isdigit())
-
-
-def _check_keys(records: Iterable[Record], table: Path) -> None:
-    lines: dict[str, int] = {}
-    for record in records:
-        if (first := lines.setdefault(record.raw_id, record.line)) != record.line:
-            raise UserError(
-                f"{table}, lines {first} and {record.line}: both name the image {record.raw_id!r}; one row an image: "
-                "delete one, or name another column under columns.key"
-            )
-
-
-def _complete_patients(card: SourceCard, records: list[Record], table: Path) -> list[Record]:
+def _complete_patients(card: SourceCard, records: RecordTable, where: str) -> RecordTable:
     """Give a lesion's patient to those of its rows that do not name one; a lesion of two patients is an error.
 
     Without this a lesion could stand in two groups, and a split could cut through it.
     """
     if card.lesion_id_scope == "patient":
         return records
-    owners: dict[str, Record] = {}
-    for record in records:
-        if record.lesion_id is None or record.patient_id is None:
-            continue
-        first = owners.setdefault(record.lesion_id, record)
-        if first.patient_id != record.patient_id:
-            raise UserError(
-                f"{table}, lines {first.line} and {record.line}: lesion {record.lesion_id!r} has two patients "
-                f"({first.patient_id!r}, {record.patient_id!r}); correct the table, or, if lesions are numbered "
-                f"patient by patient, set lesion_id_scope: patient in card {card.name}"
-            )
-    return [
-        replace(record, patient_id=owners[record.lesion_id].patient_id)
-        if record.patient_id is None and record.lesion_id in owners
-        else record
-        for record in records
-    ]
+    lesions, patients = _encode(records.table["lesion_id"]), _encode(records.table["patient_id"])
+    both = np.flatnonzero((lesions >= 0) & (patients >= 0))
+    if not len(both):
+        return records
+    found, firsts = np.unique(lesions[both], return_index=True)
+    owner = np.full(int(lesions.max()) + 1, -1)  # lesion -> the first row that names its patient
+    owner[found] = both[firsts]
+    torn = both[patients[both] != patients[owner[lesions[both]]]]
+    if len(torn):
+        second = records[int(torn[0])]
+        first = records[int(owner[lesions[torn[0]]])]
+        raise UserError(
+            f"{where}, lines {first.line} and {second.line}: lesion {second.lesion_id!r} has two patients "
+            f"({first.patient_id!r}, {second.patient_id!r}); correct the table, or, if lesions are numbered "
+            f"patient by patient, set lesion_id_scope: patient in card {card.name}"
+        )
+    rows = np.arange(len(lesions))
+    orphans = (patients < 0) & (lesions >= 0)
+    rows[orphans] = owner[lesions[orphans]]
+    taken = records.table["patient_id"].take(pa.array(rows, mask=rows < 0))
+    return records.replace_column("patient_id", taken)
 
 
-def _compute_visit_days(records: list[Record], dates: list[date | None]) -> list[Record]:
-    """Dates -> days since the patient's (else the lesion's) first dated row; the dates themselves end here."""
-    first: dict[str, date] = {}
-    owners = [record.patient_id or record.lesion_id for record in records]
-    for owner, day in zip(owners, dates, strict=True):
-        if owner is not None and day is not None:
-            first[owner] = min(first.get(owner, day), day)
-    return [
-        replace(record, visit_day=(day - first[owner]).days) if owner is not None and day is not None else record
-        for record, owner, day in zip(records, owners, dates, strict=True)
-    ]
+def _compute_visit_days(records: RecordTable, days: npt.NDArray[np.int32]) -> RecordTable:
+    """Dates (as ordinals) -> days since the patient's (else the lesion's) first dated row; the dates end here."""
+    patients, lesions = _encode(records.table["patient_id"]), _encode(records.table["lesion_id"])
+    owners = np.where(patients >= 0, patients, np.where(lesions >= 0, patients.max() + 1 + lesions, -1))
+    dated = (owners >= 0) & (days != NO_DATE)
+    first = np.full(int(owners.max()) + 1 if len(owners) else 0, np.iinfo(np.int32).max)
+    np.minimum.at(first, owners[dated], days[dated])
+    visit_days = np.zeros(len(days), dtype=np.int32)
+    visit_days[dated] = days[dated] - first[owners[dated]]
+    known = pa.array(visit_days, mask=~dated)
+    return records.replace_column("visit_day", pc.coalesce(known, records.table["visit_day"].combine_chunks()))
