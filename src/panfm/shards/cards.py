@@ -217,6 +217,7 @@ class SourceCard(BaseModel):
     listing: Texts = ()  # patterns like "train/{class}/{name}.jpg"; each {part} is a column, `path` and `stem` too
     dicom_tags: tuple[str, ...] = ()  # header tags of listed DICOM files that become columns
     joins: tuple[Join, ...] = ()
+    optional_columns: tuple[str, ...] = ()  # columns that some downloads lack: then every cell of them is unknown
     derive: dict[str, Derived] = Field(default_factory=dict)  # new column -> how it is made; in this order
     only: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # column -> cell texts; other rows are not read
 

@@ -34,6 +34,7 @@ def iterate_rows(card: SourceCard, root: Path) -> Iterator[tuple[int, Row]]:
     """
     needed = find_needed_columns(card)
     header, rows = _open_rows(card, root)
+    header = list(header)
     where = describe_table(card, root)
     joined = []
     for join in card.joins:
@@ -42,18 +43,20 @@ def iterate_rows(card: SourceCard, root: Path) -> Iterator[tuple[int, Row]]:
         right_header, partners = _read_join(card, join, root, needed)
         joined.append((join, partners))
         header = [*header, *(name for name in right_header if name not in header)]
+    absent = [column for column in card.optional_columns if column not in header]
+    header += absent
     for column, origin in card.derive.items():
         used = [origin.column] if origin.column else find_placeholders(origin.template or "")
         for name in used:
             _check_column(name, header, f"derive.{column} of card {card.name}", where)
-        header = [*header, column]
+        header.append(column)
     for place, column in _name_columns(card):
         if (place, column) != ("columns.key", STEM):
             _check_column(column, header, f"{place} of card {card.name}", where)
     num_rows = num_kept = 0
     for line, cells in rows:
         num_rows += 1
-        row = {name: cells[name] for name in cells if name in needed}
+        row = {name: cells[name] for name in cells if name in needed} | dict.fromkeys(absent, "")
         for join, partners in joined:
             _add_partner(card, join, partners, row, f"{where}, line {line}")
         for column, origin in card.derive.items():
