@@ -92,7 +92,7 @@ def two_tables(root: Path) -> dict[str, Any]:
     write_csv(root / "b.csv", [{"id": "i2", "MEL": "0", "NV": "1.0"}, {"id": "i1", "MEL": "1.0", "NV": "0"}])
     return {
         "table": "a.csv",
-        "joins": [{"table": "b.csv", "on": {"image": "id"}}],
+        "joins": [{"table": "b.csv", "match": {"image": "id"}}],
         "images": {"image": {"path": "photos/{image}.jpg"}},
         "columns": {"key": "image", "sex": "sex"},
         "values": {"sex": {"m": "male"}},
@@ -146,7 +146,7 @@ def test_parts_of_one_table_fill_one_column_and_contradictions_are_errors(tmp_pa
     write_csv(tmp_path / "b.csv", [{"image": "i2", "dx": "mel"}])
     values: dict[str, Any] = {
         "listing": "{part}/{image}.jpg",
-        "joins": [{"table": name, "on": {"image": "image"}, "required": False} for name in ("a.csv", "b.csv")],
+        "joins": [{"table": name, "match": {"image": "image"}, "required": False} for name in ("a.csv", "b.csv")],
         "labels": {"diagnosis": {"column": "dx"}},
     }
     assert [one.labels.get("diagnosis") for one in read_records(make_card(**values), tmp_path)] == ["nv", "mel", None]

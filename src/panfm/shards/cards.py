@@ -131,14 +131,14 @@ class ImageEntry(BaseModel):
 
 
 class Join(BaseModel):
-    """A further table (or listing), matched row by row: `on` maps columns so far to columns of this table."""
+    """A further table (or listing), matched row by row: `match` maps columns so far to columns of this table."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     table: str | None = None
     listing: Texts = ()
     dialect: Dialect = Dialect()
-    on: dict[str, str]
+    match: dict[str, str]  # (`on` would be a truth value to YAML)
     required: bool = True  # false: a row without a partner has unknown cells
     prefix: str = ""  # put before this table's column names; without it an earlier column of the same name stays
 
@@ -146,8 +146,8 @@ class Join(BaseModel):
     def _check_origin(self) -> Self:
         if (self.table is None) == (not self.listing):
             raise ValueError("give either table or listing")
-        if not self.on:
-            raise ValueError("on is empty; it maps a column so far to the column of this table that must equal it")
+        if not self.match:
+            raise ValueError("match is empty; it maps a column so far to the column of this table that must equal it")
         return self
 
 

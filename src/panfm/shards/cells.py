@@ -20,6 +20,8 @@ CLOSED: dict[ColumnField, tuple[str, ...]] = {
     "confirmed_by": get_args(Confirmation),
 }
 
+MARKS = TRUTH | {"x": True}  # what a one-hot cell may hold
+
 
 @dataclass(frozen=True)
 class Cells:
@@ -63,16 +65,12 @@ class Cells:
         cells = {column: self.mapped(column, None, "") for column in label.one_hot}
         if not any(cells.values()):
             return None
-        try:
-            hot = [column for column, cell in cells.items() if cell is not None and float(cell) == 1]
-            others = [column for column, cell in cells.items() if cell is not None and float(cell) not in (0, 1)]
-        except ValueError:
-            hot, others = [], list(cells)
-        if len(hot) != 1 or others:
-            shown = ", ".join(f"{column} {cell}" for column, cell in cells.items())
-            self.fail(
-                next(iter(cells)), shown, f"exactly one column of labels.{name}.one_hot must hold 1, the others 0"
-            )
+        marks = {column: MARKS.get((cell or "0").lower().removesuffix(".0")) for column, cell in cells.items()}
+        hot = [column for column, mark in marks.items() if mark]
+        if len(hot) != 1 or None in marks.values():
+            shown = ", ".join(f"{column} {cell or 'empty'}" for column, cell in cells.items())
+            rule = f"exactly one column of labels.{name}.one_hot must hold 1 (or x), the others 0 or nothing"
+            self.fail(next(iter(cells)), shown, rule)
         return label.one_hot[hot[0]]
 
     def parse(self, name: ColumnField, function: Callable[[str], Any]) -> Any:

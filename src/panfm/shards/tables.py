@@ -38,8 +38,8 @@ def iterate_rows(card: SourceCard, root: Path) -> Iterator[tuple[int, Row]]:
     where = describe_table(card, root)
     joined = []
     for join in card.joins:
-        for column in join.on:
-            _check_column(column, header, f"joins.on of card {card.name}", where)
+        for column in join.match:
+            _check_column(column, header, f"joins.match of card {card.name}", where)
         right_header, partners = _read_join(card, join, root, needed)
         joined.append((join, partners))
         header = [*header, *(name for name in right_header if name not in header)]
@@ -79,7 +79,7 @@ def find_needed_columns(card: SourceCard) -> frozenset[str]:
     """The columns that the card uses anywhere; all others are not even held in memory."""
     names = {column for _, column in _name_columns(card)}
     for join in card.joins:
-        names |= set(join.on)
+        names |= set(join.match)
     for origin in card.derive.values():
         names |= {origin.column} if origin.column else set(find_placeholders(origin.template or ""))
     return frozenset(names)
@@ -138,14 +138,14 @@ def _read_join(
         header, rows = _open_table(card, root, join.table, join.dialect)
     else:
         header, rows = _open_listing(root, join.listing, ())
-    for column in join.on.values():
-        _check_column(column, header, f"joins.on of card {card.name}", where)
+    for column in join.match.values():
+        _check_column(column, header, f"joins.match of card {card.name}", where)
     partners: dict[tuple[str, ...], Row] = {}
     for line, row in rows:
-        place = tuple(row[column] for column in join.on.values())
+        place = tuple(row[column] for column in join.match.values())
         if place in partners:
             raise UserError(
-                f"{where}, line {line}: a second row with {', '.join(join.on.values())} = {', '.join(place)}; a join "
+                f"{where}, line {line}: a second row with {', '.join(join.match.values())} = {', '.join(place)}; a join "
                 "needs one partner a row, so delete one or join on more columns"
             )
         partners[place] = {join.prefix + name: row[name] for name in row if join.prefix + name in needed}
@@ -153,7 +153,7 @@ def _read_join(
 
 
 def _add_partner(card: SourceCard, join: Join, partners: dict[tuple[str, ...], Row], row: Row, where: str) -> None:
-    place = tuple(row[column] for column in join.on)
+    place = tuple(row[column] for column in join.match)
     partner = partners.get(place)
     if partner is None and not join.required:
         for name in next(iter(partners.values()), {}):
@@ -161,7 +161,7 @@ def _add_partner(card: SourceCard, join: Join, partners: dict[tuple[str, ...], R
         return
     if partner is None:
         raise UserError(
-            f"{where}: {', '.join(join.on)} = {', '.join(place)} has no row in {join.table or join.listing[0]}; "
+            f"{where}: {', '.join(join.match)} = {', '.join(place)} has no row in {join.table or join.listing[0]}; "
             f"complete that table, or set required: false in the join of card {card.name}"
         )
     for name, cell in partner.items():
