@@ -140,6 +140,21 @@ def test_faulty_joins_and_one_hot_cells_are_named(tmp_path: Path, rows: list[dic
         assert word in str(error.value)
 
 
+def test_a_join_may_mark_the_rows_that_it_lists(tmp_path: Path) -> None:
+    write_csv(tmp_path / "meta.csv", [{"file": f"{number}.jpg"} for number in range(3)])
+    write_csv(tmp_path / "train.csv", [{"indexes": "0"}, {"indexes": "2"}])
+    write_csv(tmp_path / "test.csv", [{"indexes": "1"}])
+    joins = [
+        {"table": f"{part}.csv", "match": {"row_number": "indexes"}, "required": False, "mark": {"split": part}}
+        for part in ("train", "test")
+    ]
+    card = make_card(table="meta.csv", joins=joins, columns={"path": "file", "official_split": "split"})
+    assert [one.metadata["official_split"] for one in read_records(card, tmp_path)] == ["train", "test", "train"]
+    write_csv(tmp_path / "test.csv", [{"indexes": "0"}])
+    with pytest.raises(UserError, match=r"column split: 'train' here, 'test' in test.csv"):
+        read_records(card, tmp_path)
+
+
 def test_parts_of_one_table_fill_one_column_and_contradictions_are_errors(tmp_path: Path) -> None:
     write_images(tmp_path, "a/i1.jpg", "b/i2.jpg", "b/i3.jpg")
     write_csv(tmp_path / "a.csv", [{"image": "i1", "dx": "nv"}])

@@ -140,6 +140,7 @@ class Join(BaseModel):
     dialect: Dialect = Dialect()
     match: dict[str, str]  # (`on` would be a truth value to YAML)
     required: bool = True  # false: a row without a partner has unknown cells
+    mark: dict[str, str] = Field(default_factory=dict)  # further cells of the rows that have a partner: {split: train}
     prefix: str = ""  # put before this table's column names; without it an earlier column of the same name stays
 
     @model_validator(mode="after")

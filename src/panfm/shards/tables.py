@@ -21,6 +21,7 @@ PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".svslide")
 IMAGE_SUFFIXES = frozenset((*PHOTOGRAPHS, *SLIDES))
 LISTED = ("path", "stem", "folder")  # columns that every listing has
+ROW_NUMBER = "row_number"  # a column of every table: 0, 1, 2, ...; some sources list the rows of their splits by it
 STEM = "stem"  # also of every table: the name of the row's image file without its suffix, for columns.key
 
 Row = dict[str, str]
@@ -34,7 +35,7 @@ def iterate_rows(card: SourceCard, root: Path) -> Iterator[tuple[int, Row]]:
     """
     needed = find_needed_columns(card)
     header, rows = _open_rows(card, root)
-    header = list(header)
+    header = [*header, ROW_NUMBER]
     where = describe_table(card, root)
     joined = []
     for join in card.joins:
@@ -42,7 +43,7 @@ def iterate_rows(card: SourceCard, root: Path) -> Iterator[tuple[int, Row]]:
             _check_column(column, header, f"joins.match of card {card.name}", where)
         right_header, partners = _read_join(card, join, root, needed)
         joined.append((join, partners))
-        header = [*header, *(name for name in right_header if name not in header)]
+        header += [name for name in (*right_header, *join.mark) if name not in header]
     absent = [column for column in card.optional_columns if column not in header]
     header += absent
     for column, origin in card.derive.items():
@@ -55,8 +56,9 @@ def iterate_rows(card: SourceCard, root: Path) -> Iterator[tuple[int, Row]]:
             _check_column(column, header, f"{place} of card {card.name}", where)
     num_rows = num_kept = 0
     for line, cells in rows:
-        num_rows += 1
         row = {name: cells[name] for name in cells if name in needed} | dict.fromkeys(absent, "")
+        row.setdefault(ROW_NUMBER, str(num_rows))
+        num_rows += 1
         for join, partners in joined:
             _add_partner(card, join, partners, row, f"{where}, line {line}")
         for column, origin in card.derive.items():
@@ -156,7 +158,7 @@ def _add_partner(card: SourceCard, join: Join, partners: dict[tuple[str, ...], R
     place = tuple(row[column] for column in join.match)
     partner = partners.get(place)
     if partner is None and not join.required:
-        for name in next(iter(partners.values()), {}):
+        for name in (*next(iter(partners.values()), {}), *join.mark):
             row.setdefault(name, "")
         return
     if partner is None:
@@ -164,7 +166,7 @@ def _add_partner(card: SourceCard, join: Join, partners: dict[tuple[str, ...], R
             f"{where}: {', '.join(join.match)} = {', '.join(place)} has no row in {join.table or join.listing[0]}; "
             f"complete that table, or set required: false in the join of card {card.name}"
         )
-    for name, cell in partner.items():
+    for name, cell in (partner | join.mark).items():
         if not row.get(name):  # tables that each hold a part of the rows fill one column together
             row[name] = cell
         elif cell and cell != row[name]:
