@@ -640,16 +640,13 @@ def write_milk10k(root: Path) -> list[ExpectedRecord]:
             row = {"lesion_id": lesion, "image_type": kind, "isic_id": image, "image_manipulation": "instrument only"}
             scores = {name: f"0.{place + 1}" for place, name in enumerate(concepts.split(","))}
             rows.append(row | shared | facts | scores | {"skin_tone_class": "3"})
-            carcinoma = lesion == "IL_0000652"
-            supplement.append(
-                {
-                    "isic_id": image,
-                    "diagnosis_full": "Basal cell carcinoma" if carcinoma else "Squamous cell carcinoma in situ",
-                    "diagnosis_confirm_type": "histopathology"
-                    if carcinoma
-                    else "single contributor clinical assessment",
-                }
-            )
+            proven = {"diagnosis_full": "Basal cell carcinoma", "diagnosis_confirm_type": "histopathology"}
+            judged = {
+                "diagnosis_full": "Squamous cell carcinoma in situ",
+                "diagnosis_confirm_type": "single contributor clinical assessment",
+                "invasion_thickness_interval": "<1.0",
+            }
+            supplement.append({"isic_id": image} | (proven if lesion == "IL_0000652" else judged))
             write_images(root, f"MILK10k_Training_Input/{lesion}/{image}.jpg")
     write_rows(root / "MILK10k_Training_Metadata.csv", header, rows)
     write_rows(
@@ -688,7 +685,7 @@ def write_milk10k(root: Path) -> list[ExpectedRecord]:
             lesion_id=lesion,
             metadata={"official_split": "train"} | meant[lesion][0],
             labels=meant[lesion][1],
-            tabular=scored | ({"invasion_thickness_interval": "<1.0"} if lesion == "IL_0000652" else {}),
+            tabular=scored | ({"invasion_thickness_interval": "<1.0"} if lesion == "IL_0003176" else {}),
         )
         for lesion, (derm, clinical, _) in lesions.items()
         for image, modality in ((clinical, "clinical"), (derm, "dermoscopic"))

@@ -127,14 +127,15 @@ class RecordTable(Sequence[Record]):
         values["mask_path"] = None if row["mask_path"] is None else self.root / row["mask_path"]
         values["identifying"] = tuple(values["identifying"])
         values["tabular"] = {
-            column: TRUTH[text.lower()] if self.tabular_types[column] is bool else self.tabular_types[column](text)
-            for column, text in values["tabular"].items()
+            column: TRUTH[text.lower()] if kind is bool else kind(text)
+            for (column, kind), text in zip(self.tabular_types.items(), values["tabular"], strict=True)
+            if text is not None
         }
         return Record(**values)
 
 
 class RecordBuilder:
-    """Collects rows into a RecordTable. `tabular` and the paths are kept as text until a record is looked at."""
+    """Collects rows into a RecordTable. Tabular values and paths are kept as text until a record is looked at."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -142,7 +143,7 @@ class RecordBuilder:
         self._rows: list[dict[str, Any]] = []
 
     def add(self, **row: Any) -> None:
-        """Add one row: the fields of Record, its paths relative to the root, its tabular values as text."""
+        """Add one row: the fields of Record; paths relative to the root, `tabular` a list of texts or None."""
         for name in _IN_JSON:
             row[name] = json.dumps(row[name], ensure_ascii=False)
         self._rows.append(row)
@@ -150,7 +151,7 @@ class RecordBuilder:
             self._flush()
 
     def build(self, tabular_types: Mapping[str, type], label_version: int = 0) -> RecordTable:
-        """The table of all rows added."""
+        """The table of all rows added; `tabular_types` names the tabular columns in the order of their values."""
         self._flush()
         table = pa.concat_tables(self._chunks).unify_dictionaries() if self._chunks else _SCHEMA.empty_table()
         return RecordTable(table, self.root, tabular_types, label_version)

@@ -121,12 +121,11 @@ def _read_facts(cells: Cells, types: Mapping[str, "ColumnType"], amendments: Ame
     if "phototype_low" not in metadata and "phototype_high" not in metadata:
         metadata.pop("phototype_source", None)  # nobody is the source of what is unknown
     labels = {name: cells.label(name, label) for name, label in card.labels.items()}
-    tabular = {column: cells.mapped(column, None, "") for column in card.tabular}
-    known = {
-        column: types[column].add(text, to_decimal_point(text, card.dialect))
-        for column, text in tabular.items()
-        if text is not None
-    }
+    texts = {column: cells.mapped(column, None, "") for column in card.tabular}
+    tabular = [
+        None if text is None else types[column].add(text, to_decimal_point(text, card.dialect))
+        for column, text in texts.items()
+    ]
     return {
         "line": cells.line,
         "caption": cells.text("caption"),
@@ -136,7 +135,7 @@ def _read_facts(cells: Cells, types: Mapping[str, "ColumnType"], amendments: Ame
         "visit_day": cells.parse("visit_day", PARSERS["visit_day"]),
         "metadata": metadata,
         "labels": {name: value for name, value in labels.items() if value is not None},
-        "tabular": known,
+        "tabular": tabular,
         "identifying": [text for column in card.identifying_columns if (text := cells.mapped(column, None, ""))],
     }
 

@@ -57,7 +57,8 @@ def iterate_rows(card: SourceCard, root: Path) -> Iterator[tuple[int, Row]]:
     num_rows = num_kept = 0
     for line, cells in rows:
         row = {name: cells[name] for name in cells if name in needed} | dict.fromkeys(absent, "")
-        row.setdefault(ROW_NUMBER, str(num_rows))
+        if ROW_NUMBER in needed:
+            row.setdefault(ROW_NUMBER, str(num_rows))
         num_rows += 1
         for join, partners in joined:
             _add_partner(card, join, partners, row, f"{where}, line {line}")
@@ -147,8 +148,8 @@ def _read_join(
         place = tuple(row[column] for column in join.match.values())
         if place in partners:
             raise UserError(
-                f"{where}, line {line}: a second row with {', '.join(join.match.values())} = {', '.join(place)}; a join "
-                "needs one partner a row, so delete one or join on more columns"
+                f"{where}, line {line}: a second row with {', '.join(join.match.values())} = {', '.join(place)}; a "
+                "join needs one partner a row, so delete one or match more columns"
             )
         partners[place] = {join.prefix + name: row[name] for name in row if join.prefix + name in needed}
     return [join.prefix + name for name in header], partners
