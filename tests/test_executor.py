@@ -1,7 +1,11 @@
 import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from panfm.errors import UserError
 from panfm.executor import run_tasks
 
 
@@ -22,3 +26,38 @@ def test_answers_come_back_in_the_order_of_the_tasks(processes: int) -> None:
 def test_a_failing_task_ends_the_run_with_its_own_exception(processes: int) -> None:
     with pytest.raises(ValueError, match="task -4 is negative"):
         run_tasks(square, [1, -4, 2], description="squares", processes=processes)
+
+
+def leave_mark(task: tuple[Path, int]) -> int:
+    folder, number = task
+    (folder / str(number)).touch()
+    return number
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tasks_are_drawn_as_there_is_room(tmp_path: Path, processes: int) -> None:
+    ahead: list[int] = []
+
+    def draw() -> Iterator[tuple[Path, int]]:
+        for number in range(30):
+            ahead.append(number - len(list(tmp_path.iterdir())))  # drawn before, and not yet done
+            yield tmp_path, number
+
+    assert run_tasks(leave_mark, draw(), description="marks", processes=processes, total=30) == list(range(30))
+    assert max(ahead) <= (0 if processes == 1 else 4)
+
+
+def die(task: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_told_of() -> None:
+    with pytest.raises(UserError, match=r"a process of 2 was killed.*memory.*fewer processes"):
+        run_tasks(die, [1, 2], description="deaths", processes=2)
+
+
+def test_a_cluster_must_be_there() -> None:
+    with pytest.raises(UserError, match=r"needs the scheduler of a running cluster; give --scheduler ADDRESS"):
+        run_tasks(square, [1], description="squares", executor="dask")
+    with pytest.raises(UserError, match=r"scheduler nonsense://nowhere: cannot be reached"):
+        run_tasks(square, [1], description="squares", executor="dask", scheduler="nonsense://nowhere")

@@ -10,6 +10,8 @@ is computed again. A killed run goes on from its last whole part and ends with t
 import fcntl
 import hashlib
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from panfm.shards.index import ShardSet, compute_data_hash
 FEATURES_FORMAT = 1
 PART_ROWS = 512  # rows that a kill can cost; a part of ViT-S features is 0.8 MB
 DIGEST_BYTES = 32
+_FOLDER_NAME = re.compile(r"[0-9a-f]{24}-[0-9a-f]{24}")  # what _Identity.get_folder makes
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,36 @@ def write_features(
             offsets = pa.array(np.arange(0, block.size + 1, dim, dtype=np.int32))
             lists = pa.ListArray.from_arrays(offsets, pa.array(block.reshape(-1)))
             writer.write_table(pa.table([pa.array(keys[start : start + PART_ROWS]), lists], schema=writer.schema))
+
+
+def remove_cached(cache_dir: str | Path, source: str) -> tuple[list[Path], list[Path]]:
+    """Remove all cached features of a source; (folders removed, folders that another process is computing just now).
+
+    For a patient who must be forgotten: an entry does not say which images it holds, so all of the source go, and those
+    too that do not say their source (unfinished or damaged). A cache costs nothing but the time to fill it again.
+
+    Raises UserError where there is no such folder.
+    """
+    cache = Path(cache_dir)
+    if not cache.is_dir():
+        raise UserError(f"{cache}: no such folder of cached features; `cache_dir` of an evaluation names it")
+    removed, busy = [], []
+    for folder in sorted(path for path in cache.iterdir() if _FOLDER_NAME.fullmatch(path.name) and path.is_dir()):
+        try:
+            manifest = read_json(folder / "manifest.json")
+        except UserError:
+            manifest = None
+        if isinstance(manifest, dict) and manifest.get("source", source) != source:
+            continue
+        with (folder / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                busy.append(folder)
+                continue
+            shutil.rmtree(folder)
+            removed.append(folder)
+    return removed, busy
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ START = LoaderState(step=0, salt=0)
 
 def make_loader(*shards: Path, mixture: MixtureConfig | None = None, **options: object) -> Loader:
     data = {"workers": 0, "shards": [str(path) for path in shards]}
-    data |= {key: options.pop(key) for key in ("workers", "modalities", "max_failed_share") if key in options}
+    data |= {key: options.pop(key) for key in ("workers", "modalities", "max_failed_share", "use") if key in options}
     arguments = {
         "mask": MaskConfig(kind="block", ratio=0.5),
         "mask_grid": (4, 4),
@@ -147,6 +147,21 @@ def test_groups_stay_inside_a_micro_batch_on_every_rank(alpha: Path) -> None:
         make_loader(alpha, mixture=mixture, micro_batch_size=3)
 
 
+def test_images_that_an_audit_lists_never_appear(alpha: Path) -> None:
+    table = open_shard_set(alpha).table
+    groups = sorted(set(table["group_id"].to_pylist()))
+    keys = table["key"].to_pylist()
+    grouped = [key for key, group in zip(keys, table["group_id"].to_pylist(), strict=True) if group in groups[:2]]
+    listed = frozenset({*grouped[:2], *[key for key in keys if key not in grouped][:5]})
+    loader = make_loader(
+        alpha, excluded={"alpha": frozenset(groups[:2])}, excluded_keys={"alpha": listed, "elsewhere": frozenset(keys)}
+    )
+    facts = loader.sources[0]
+    assert (facts.num_excluded, facts.num_audited, facts.num_kept) == (6, 5, 49), "none counted twice"
+    kept = {keys[row] for row in loader._examples.table.row.tolist()}
+    assert len(kept) == 49 and not kept & listed and not kept & set(grouped)
+
+
 def test_excluded_groups_never_appear(alpha: Path, beta: Path) -> None:
     table = open_shard_set(alpha).table
     groups = sorted(set(table["group_id"].to_pylist()))
@@ -179,7 +194,7 @@ def test_a_source_that_does_not_permit_the_use_is_refused(alpha: Path, beta: Pat
     with pytest.raises(
         UserError, match=r"60 of 60 samples of alpha do not permit the use commercial.*permits: research"
     ):
-        make_loader(alpha, beta, training_use="commercial")
+        make_loader(alpha, beta, use="commercial")
 
 
 def test_batch_sizes_that_do_not_divide_are_said_with_a_way_out(alpha: Path) -> None:

@@ -13,13 +13,15 @@ from timm.data import create_transform, resolve_model_data_config
 
 from panfm.encoder import load_encoder
 from panfm.encoder.export import _compute_crop_share, export_encoder
-from panfm.encoder.facts import EncoderFacts, SourceFacts, TransformFacts, write_facts
+from panfm.encoder.facts import EncoderFacts, SourceFacts, TransformFacts, read_facts, write_facts
 from panfm.errors import UserError
 from panfm.files import compute_file_sha256, write_json
 from panfm.models.vit import EncoderConfig, build_vit, get_timm_kwargs
 
 
-def make_checkpoint(folder: Path, config: EncoderConfig, pooling: str = "mean", seed: int = 0, step: int = 7) -> Path:
+def make_checkpoint(
+    folder: Path, config: EncoderConfig, /, pooling: str = "mean", seed: int = 0, step: int = 7, **more: object
+) -> Path:
     """Write what encoder.export reads of a checkpoint: encoder.safetensors, encoder.json, manifest.json."""
     folder.mkdir(parents=True)
     save_file(build_vit(config, seed).state_dict(), folder / "encoder.safetensors")
@@ -42,7 +44,7 @@ def make_checkpoint(folder: Path, config: EncoderConfig, pooling: str = "mean", 
         excluded_tasks=("ham10000_diagnosis",),
         code_version="0.1.0",
     )
-    write_facts(folder / "encoder.json", facts)
+    write_facts(folder / "encoder.json", facts.model_copy(update=more))
     files = {
         name: {"sha256": compute_file_sha256(folder / name), "size": (folder / name).stat().st_size}
         for name in ("encoder.safetensors", "encoder.json")
@@ -137,6 +139,60 @@ def test_a_run_gives_its_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "step-00000012"]
 
 
+def make_source(**more: object) -> SourceFacts:
+    return SourceFacts(source="isic", licence="CC BY-NC 4.0", num_kept=9, num_excluded=0, data_hash="cd", **more)  # type: ignore[arg-type]
+
+
+def test_an_export_for_a_use_that_a_source_does_not_permit_is_refused(tmp_path: Path) -> None:
+    free = make_source(permitted_uses=("research", "education", "commercial"))
+    bound = make_source(permitted_uses=("research", "education"))
+    good = make_checkpoint(tmp_path / "good", SMALL, sources=(free,))
+    out = export_encoder(good, tmp_path / "out", use="commercial")
+    assert read_facts(out / "panfm.json").use == "commercial"
+    readme = (out / "README.md").read_text()
+    assert "exported for: commercial" in readme and "For research only" not in readme
+    assert "It is not a medical device" in readme
+
+    both = make_checkpoint(tmp_path / "both", SMALL, sources=(free, bound))
+    with pytest.raises(UserError, match=r"isic \(licence CC BY-NC 4.0\), which does not permit the use commercial"):
+        export_encoder(both, tmp_path / "refused", use="commercial")
+    assert not (tmp_path / "refused").exists()
+    assert read_facts(export_encoder(both, tmp_path / "default") / "panfm.json").use == "research"
+    assert read_facts(export_encoder(both, tmp_path / "taught", use="education") / "panfm.json").use == "education"
+
+
+def test_facts_of_before_uses_were_recorded_permit_the_trained_use_only(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "old", SMALL)
+    values = json.loads((checkpoint / "encoder.json").read_text())
+    values["format"] = 1
+    del values["use"], values["sources"][0]["permitted_uses"]
+    write_json(checkpoint / "encoder.json", values)
+    entry = {"sha256": compute_file_sha256(checkpoint / "encoder.json"), "size": 0}
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    write_json(checkpoint / "manifest.json", {"files": manifest["files"] | {"encoder.json": entry}})
+    out = export_encoder(checkpoint, tmp_path / "out")
+    assert load_encoder(f"panfm:{out}").facts.use == "research"  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="it is not recorded what its terms permit besides research"):
+        export_encoder(checkpoint, tmp_path / "out", use="commercial")
+
+
+def test_the_terms_of_a_teacher_bind_its_pupil(tmp_path: Path) -> None:
+    free = make_source(permitted_uses=("research", "commercial"))
+    teacher = export_encoder(make_checkpoint(tmp_path / "step-1", SMALL), tmp_path / "teacher")  # research only
+    config = {"objectives": [{"kind": "masked_image", "target": {"address": f"panfm:{teacher}?image_size=96"}}]}
+    pupil = make_checkpoint(tmp_path / "step-2", SMALL, sources=(free,), config=config)
+    with pytest.raises(UserError, match=r"learned from panfm:.*teacher.*ham10000"):
+        export_encoder(pupil, tmp_path / "out", use="commercial")
+    export_encoder(pupil, tmp_path / "out")
+    shutil.rmtree(teacher)
+    with pytest.raises(UserError, match="which is not there"):
+        export_encoder(pupil, tmp_path / "out", use="commercial")
+    config = {"encoder": {"init": "timm:vit_tiny_patch16_224"}}
+    other = make_checkpoint(tmp_path / "step-3", SMALL, sources=(free,), config=config)
+    readme = (export_encoder(other, tmp_path / "other", use="commercial") / "README.md").read_text()
+    assert "began from or learned from timm:vit_tiny_patch16_224, whose own terms bind it too" in readme
+
+
 def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path: Path) -> None:
     good = make_checkpoint(tmp_path / "good", SMALL)
     damaged = shutil.copytree(good, tmp_path / "damaged")
@@ -172,7 +228,7 @@ def test_a_changed_export_is_not_trusted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.safetensors: its hash is not the one in panfm\.json"):
         load_encoder(f"panfm:{out}")
     for change, message in (
-        ({"format": 2}, "format is 2; this panfm reads format 1"),
+        ({"format": 3}, "format is 3; this panfm reads formats 1 and 2"),
         ({"pooling": "max"}, "pooling .'max'.: Input should be 'cls', 'mean', 'cls_mean' or 'map'"),
         ({"colour": "red"}, "colour .'red'.: Extra inputs are not permitted"),
     ):

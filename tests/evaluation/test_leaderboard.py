@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from panfm.errors import UserError
+from panfm.evaluation.contamination_list import AUDIT_SCHEMA
 from panfm.evaluation.leaderboard import LeaderboardSummary, build_leaderboard, format_table
 from panfm.evaluation.results import (
     EncoderCard,
     MetricValue,
     Result,
+    TrainedOn,
     get_result_path,
     get_scores,
     read_predictions,
@@ -24,6 +27,7 @@ from panfm.evaluation.results import (
     write_result,
 )
 from panfm.evaluation.standings import Row, Section, compute_borda, compute_chance
+from panfm.files import compute_file_sha256
 from panfm.measures.metrics import METRICS, compute_metric
 from panfm.measures.statistics import compare_paired, compute_bootstrap_seed, estimate_metrics
 
@@ -288,6 +292,71 @@ def test_page_is_whole_safe_and_offline(own_results: Path, tmp_path: Path) -> No
     markdown = (tmp_path / "leaderboard.md").read_text()
     assert "<script>" not in markdown and "&lt;script&gt;alert(1)&lt;/script&gt; \\| =1+1" in markdown
     assert "'=HYPERLINK(0)" in (tmp_path / "leaderboard.csv").read_text()
+
+
+def write_audit(folder: Path, results: Path, keys: list[str]) -> Path:
+    """An audit of one source that the good encoder was trained on, listing `keys` of task lesions."""
+    rows = [
+        {
+            "pretrain_source": "atlas", "pretrain_key": f"a{number}", "evaluation_source": "clinic",
+            "evaluation_key": key, "method": "phash", "score": 0.9, "task": "lesions", "distance": 10,
+            "pretrain_test_tasks": [],
+        }
+        for number, key in enumerate(keys)
+    ]  # fmt: skip
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=AUDIT_SCHEMA), folder / "audit.parquet")
+    manifest = {
+        "audit_version": 1, "audit_sha256": compute_file_sha256(folder / "audit.parquet"),
+        "pretrain": [{"source": "atlas", "data_hash": "ab"}],
+        "evaluation": [{"source": "c", "data_hash": "data-lesions"}],
+        "tasks": [{"task": "lesions", "source": "c"}],
+    }  # fmt: skip
+    (folder / "audit.json").write_text(json.dumps(manifest))
+    for path, result in read_results([results]):
+        if result.encoder.name == GOOD:
+            source = TrainedOn(source="atlas", data_hash="ab", num_kept=9)
+            card = result.encoder.model_copy(update={"sources": (source,)})
+            path.write_text(result.model_copy(update={"encoder": card}).model_dump_json())
+    return folder
+
+
+def test_an_audit_flags_cells_and_shows_them_without_what_was_seen(own_results: Path, tmp_path: Path) -> None:
+    seen = [f"k{number:04d}" for number in range(0, 90)]
+    audit = write_audit(tmp_path / "audit", own_results, seen)
+    summary = build_leaderboard([own_results], tmp_path / "board", audit)
+    section = summary.sections[0]
+    place = [task.name for task in section.tasks].index("lesions")
+    cell = find_row(section, GOOD).cells[place]
+    assert cell.audit is not None and (cell.audit.num_seen, cell.audit.num_test, cell.audit.choice) == (
+        90,
+        180,
+        "flagged",
+    )
+    path, result = next(
+        (path, result)
+        for path, result in read_results([own_results])
+        if (result.task, result.encoder.name, result.label_fraction) == ("lesions", GOOD, 1.0)
+        and result.evaluated_on == "test"
+    )
+    table = read_predictions(path.parent / result.predictions)
+    kept = np.array([key not in seen for key in table.column("key").to_pylist()])
+    point = compute_metric("auroc", table.column("label").to_numpy()[kept], get_scores(table)[kept])
+    assert cell.audit.value == pytest.approx(point.value, abs=1e-12) and cell.audit.value != cell.value
+    assert (
+        cell.value
+        == find_row(build_leaderboard([own_results], tmp_path / "plain").sections[0], GOOD).cells[place].value
+    )
+    other = find_row(section, GOOD).cells[1 - place].audit
+    assert other is not None and (other.num_seen, other.reason) == (None, "the audit is not of this task")
+    stranger = find_row(section, MIDDLE).cells[place].audit
+    assert stranger is not None and stranger.reason == "pretraining data unknown"
+    page, text = ((tmp_path / "board" / f"leaderboard.{kind}").read_text() for kind in ("html", "md"))
+    words = f"audit: 90 of 180 test images (50 %) in pretraining; without them {cell.audit.value:.3f}"
+    assert words in page and words in text and summary.audit is not None and summary.audit[:12] in page
+    lines = list(csv.DictReader((tmp_path / "board" / "leaderboard.csv").read_text().splitlines()))
+    flagged = [line for line in lines if line["audit_choice"] == "flagged"]
+    assert {line["task"] for line in flagged} == {"lesions"} and flagged[0]["seen_test_images"] == "90"
 
 
 def test_terminal_table_shows_every_encoder(board: tuple[LeaderboardSummary, Path]) -> None:

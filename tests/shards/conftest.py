@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from panfm.shards.cards import SourceCard
+from tests.shards.wsi_pyramids import draw_tissue, write_pyramid
 
 
 def draw_picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
@@ -94,6 +95,40 @@ def make_archive(tmp_path: Path) -> Callable[..., Archive]:
             "values": {"sex": {"f": "female", "m": "male"}},
             "labels": {"diagnosis": {"column": "dx", "values": {"nv": "nevus", "mel": "melanoma", "?": None}}},
             "tabular": ["diameter"],
+        }
+        archive = Archive(root, rows, values)
+        archive.write_table()
+        return archive
+
+    return make
+
+
+@pytest.fixture
+def make_slides(tmp_path: Path) -> Callable[..., Archive]:
+    """Slides of given sizes (width, height) at 0.5 mpp, tissue all over, to be cut into tiles of 112 px."""
+
+    def make(*sizes: tuple[int, int]) -> Archive:
+        root = tmp_path / "raw"
+        (root / "slides").mkdir(parents=True)
+        rows = []
+        for number, size in enumerate(sizes):
+            write_pyramid(root / f"slides/slide{number}.tiff", draw_tissue(*size), 0.5, (1,), compression="zlib")
+            rows.append({"file": f"slides/slide{number}.tiff", "slide": f"S{number}"})
+        values = {
+            "version": 1,
+            "name": "small_slides",
+            "title": "A few small slides",
+            "origin": "drawn",
+            "licence": "CC0 1.0",
+            "permitted_uses": ["research"],
+            "identifiers": "public",
+            "access": "open",
+            "how_to_obtain": "drawn by the tests",
+            "synthetic": True,
+            "modality": "histopathology",
+            "table": "table.csv",
+            "columns": {"path": "file", "slide_id": "slide"},
+            "slides": {"tile_um": 56.0, "mpp": 0.5},
         }
         archive = Archive(root, rows, values)
         archive.write_table()

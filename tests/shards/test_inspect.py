@@ -10,7 +10,7 @@ from PIL import Image
 
 from panfm.errors import UserError
 from panfm.shards.index import ShardSet, open_shard_set
-from panfm.shards.inspect import draw_contact_sheet, summarise
+from panfm.shards.inspect import draw_contact_sheet, format_total, summarise
 from panfm.shards.writer import BuildOptions, build_shards
 
 
@@ -36,6 +36,17 @@ def test_counts(shard_set: ShardSet) -> None:
     assert summary.rejected == {"undecodable": 1} and summary.num_near_copies == 1 and summary.num_with_mask == 4
     assert summary.short_sides == (60, 60, 60) and summary.age_years == (30.0, 36.5, 41.0)
     assert summary.num_bytes == sum(path.stat().st_size for path in shard_set.path.glob("*.tar"))
+    assert summary.age_decades == {"30-39": 8, "40-49": 2, "unknown": 1} and summary.short_side_quartiles == (60, 60)
+    lengths = shard_set.table["length"].to_pylist()
+    assert summary.bytes_per_image == (min(lengths), sorted(lengths)[5], max(lengths))
+
+
+def test_the_page_tells_shares_sizes_and_the_review(shard_set: ShardSet) -> None:
+    lines = str(summarise(shard_set)).splitlines()
+    assert "missing: patient_id 4 (36 %), age 1 (9 %), anatomic_site 11 (100 %)" in "\n".join(lines)
+    assert "age: 30-39 8, 40-49 2, unknown 1" in lines and lines[-1] == "screened: no"
+    total = format_total([summarise(shard_set), summarise(shard_set)]).splitlines()
+    assert [line.split()[:2] for line in total] == [["small", "11"], ["small", "11"], ["all", "22"]]
 
 
 def test_the_contact_sheet_shows_every_image(shard_set: ShardSet, tmp_path: Path) -> None:
@@ -50,3 +61,20 @@ def test_the_contact_sheet_shows_every_image(shard_set: ShardSet, tmp_path: Path
     assert few.shape == (154, 3 * 128, 3)
     with pytest.raises(UserError, match=r"sheet.jpg: a contact sheet is a PNG"):
         draw_contact_sheet(shard_set, tmp_path / "sheet.jpg")
+
+
+def test_rare_labels_are_on_a_small_contact_sheet(make_archive: Callable[..., Any], tmp_path: Path) -> None:
+    archive = make_archive(30, (40, 40))
+    for number, row in enumerate(archive.rows):
+        row["dx"], row["mask"], row["date"] = "mel" if number == 17 else "nv", "", ""
+    Image.new("RGB", (40, 40), (0, 0, 250)).save(archive.root / "images/photo17.png")
+    blue = Image.open(archive.root / "images/photo17.png")
+    blue.paste((0, 250, 0), (0, 0, 20, 40))  # two colours: not blank
+    blue.save(archive.root / "images/photo17.png")
+    archive.rows[17]["file"] = "images/photo17.png"
+    archive.write_table()
+    options = BuildOptions(max_rejected_share=0)
+    built = open_shard_set(build_shards(archive.card, archive.root, tmp_path / "shards", options=options).path)
+    for seed in range(3):
+        sheet = Image.open(draw_contact_sheet(built, tmp_path / "sheet.png", num_images=4, seed=seed))
+        assert (np.asarray(sheet) == (0, 0, 250)).all(axis=-1).sum() > 200, "the one melanoma is not shown"

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from panfm.errors import UserError
-from panfm.shards.privacy import PUBLIC_KEY, clean_image, create_key, load_key, pseudonymise, strip_jpeg
+from panfm.shards.privacy import PUBLIC_KEY, clean_image, create_key, load_key, name_device, pseudonymise, strip_jpeg
+from panfm.shards.quality import RejectedImageError
 
 
 def picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
@@ -76,16 +77,44 @@ def test_unsafe_keys_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"a.key: the key lies inside the shard set"):
             create_key(inside, shard_folder=shards)
         assert not inside.exists()
-    open_to_all = tmp_path / "open.key"
-    create_key(open_to_all, shard_folder=shards)
-    open_to_all.chmod(0o644)
-    with pytest.raises(UserError, match=r"others than its owner can read this key; run chmod 600"):
-        load_key(open_to_all, shard_folder=shards)
+    shared = tmp_path / "shared.key"
+    create_key(shared, shard_folder=shards)
+    for mode in (0o644, 0o640, 0o604, 0o620):
+        shared.chmod(mode)
+        with pytest.raises(UserError, match=r"others than its owner can read this key; run chmod 600"):
+            load_key(shared, shard_folder=shards)
     weak = tmp_path / "weak.key"
     weak.write_text("password")
     weak.chmod(0o600)
     with pytest.raises(UserError, match=r"weak.key: not a key file; .*64 hexadecimal"):
         load_key(weak, shard_folder=shards)
+
+
+def test_no_way_around_leads_a_key_into_the_shard_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, keys = tmp_path / "shards", tmp_path / "keys"
+    (shards / "sub").mkdir(parents=True)
+    create_key(keys / "a.key", shard_folder=shards)
+    inside = shards / "sub" / "a.key"
+    inside.write_bytes((keys / "a.key").read_bytes())
+    inside.chmod(0o600)
+    (keys / "to_file.key").symlink_to(inside)
+    (keys / "to_folder").symlink_to(shards / "sub", target_is_directory=True)
+    (tmp_path / "other_name").symlink_to(shards, target_is_directory=True)
+    monkeypatch.chdir(shards)
+    ways = [
+        Path("sub/a.key"),
+        Path("sub/../sub/a.key"),
+        keys / ".." / "shards" / "sub" / "a.key",
+        keys / "to_file.key",
+        keys / "to_folder" / "a.key",
+        keys / "to_folder" / ".." / "new.key",  # the parent of what the link points to
+    ]
+    for way in ways:
+        for folder in (shards, Path(), tmp_path / "other_name", shards / "sub" / ".."):
+            for read in (load_key, create_key):
+                with pytest.raises(UserError, match="the key lies inside the shard set"):
+                    read(way, shard_folder=folder)
+    assert load_key(Path("../keys/a.key"), shard_folder=shards) == load_key(keys / "a.key", shard_folder=Path())
 
 
 # ------------------------------------------------------------------------------------------------ JPEG
@@ -143,6 +172,21 @@ def test_adobe_colour_spaces_survive() -> None:
     assert b"Adobe" in rgb
     stripped = strip_jpeg(rgb)
     assert stripped is not None and np.array_equal(decode(stripped), decode(rgb))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}])
+def test_text_behind_the_last_pixel_is_gone(options: dict[str, object]) -> None:
+    data = encode(picture(5), quality=90, **options)
+    assert clean_image(data).data == data
+    clean = clean_image(data[:-2] + b"PLANTED before the end of the image" + data[-2:])
+    assert b"PLANTED" not in clean.data
+    assert np.abs(decode(clean.data) - decode(data)).mean() < 2  # encoded anew
+
+
+def test_a_phones_double_photograph_keeps_the_data_of_the_first() -> None:
+    double = encode(picture(5), "MPO", save_all=True, append_images=[picture(6)], quality=85)
+    assert Image.open(io.BytesIO(double)).format == "MPO" and double.count(b"\xff\xd8\xff") == 2
+    assert clean_image(double).data == encode(picture(5), quality=85)
 
 
 def test_a_jpeg_of_odd_structure_is_encoded_anew() -> None:
@@ -255,6 +299,32 @@ def test_colour_profiles_are_applied() -> None:
     for kind, tolerance in (("JPEG", 2.0), ("PNG", 0.5)):
         stored = decode(clean_image(encode(picture(10), kind, icc_profile=swapped)).data)
         assert np.abs(stored - decode(encode(picture(10), kind))[..., ::-1]).mean() < tolerance
+
+
+@pytest.mark.parametrize(
+    ("texts", "device"),
+    [
+        (("Canon", "EOS 5D"), "Canon EOS 5D"),
+        (("FotoFinder", "medicam 1000s (rev. 2)"), "FotoFinder medicam 1000s (rev. 2)"),
+        (("NIKON\0\n", None), "NIKON"),
+        (("Canon", "x" * 90), "Canon " + "x" * 40),
+        (("Canon", "EOS 5D 123456789"), None),  # a serial number
+        (("Canon", "EOS of Dr. Dupont"), None),
+        (("Apple", "Anna's iPhone 6"), None),
+        (("Apple", "anna@north.org"), None),
+        (("Apple", "2019:03:12"), None),
+        (("", None), None),
+    ],
+)
+def test_a_device_is_make_and_model_in_plain_words(texts: tuple[str | None, ...], device: str | None) -> None:
+    assert name_device(*texts) == device
+
+
+def test_formats_that_run_programs_are_not_opened() -> None:
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 80 60\n%%EndComments\nshowpage\n"
+    with pytest.raises(RejectedImageError) as error:
+        clean_image(script)
+    assert error.value.reason == "undecodable"
 
 
 @pytest.mark.real

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from panfm.shards.quality import RejectedImageError, check_not_blank, compute_phash, decode_image
+from panfm.shards.quality import (
+    PHASH_FREQUENCIES,
+    RejectedImageError,
+    check_not_blank,
+    compute_phash,
+    decode_image,
+)
+from tests.shards.pictures import COPIES, draw_skin
 
 
 def picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
@@ -28,6 +35,12 @@ def reason_of(data: bytes, **options: int) -> str:
         image, _, _ = decode_image(data, **options)
         check_not_blank(image)
     return error.value.reason
+
+
+def hash_of(image: Image.Image) -> str:
+    value = compute_phash(image)
+    assert value is not None
+    return value
 
 
 def distance(first: str, second: str) -> int:
@@ -78,23 +91,34 @@ def test_large_jpegs_are_decoded_at_a_fraction_never_below_the_short_side() -> N
 
 
 def test_phash_is_alike_for_copies_and_not_for_others() -> None:
-    hashes = [compute_phash(picture(seed, (400, 300))) for seed in range(20)]
-    assert all(len(value) == 16 and int(value, 16) >= 0 for value in hashes)
+    hashes = [hash_of(draw_skin(seed)) for seed in range(20)]
+    assert all(len(value) == 64 and int(value, 16) >= 0 for value in hashes)
     for seed, value in enumerate(hashes):
-        original = picture(seed, (400, 300))
-        small = original.resize((100, 75), Image.Resampling.LANCZOS)
-        recompressed = Image.open(io.BytesIO(encode(original, quality=30)))
-        assert distance(value, compute_phash(small)) <= 4
-        assert distance(value, compute_phash(recompressed)) <= 4
+        for name in ("resized", "recompressed", "recoloured"):
+            assert distance(value, hash_of(COPIES[name](draw_skin(seed)))) <= 24, name
     between = [distance(a, b) for i, a in enumerate(hashes) for b in hashes[:i]]
-    assert min(between) > 12 and 28 < float(np.mean(between)) < 36
+    assert min(between) > 64 and 100 < float(np.mean(between)) < 140
 
 
 def test_phash_of_a_known_picture() -> None:
-    # A horizontal ramp has horizontal frequencies only: bits in the first row of the 8 x 8 spectrum alone.
+    # A horizontal ramp has odd horizontal frequencies only, all of the sign that its direction has.
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1)))
-    assert compute_phash(ramp)[2:] == "0" * 14
-    assert compute_phash(ramp.convert("RGB")) == compute_phash(ramp)
+    bits = np.unpackbits(
+        np.frombuffer(bytes.fromhex(hash_of(ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT))), np.uint8)
+    )
+    u, v = PHASH_FREQUENCIES.T
+    assert not bits[0], "the mean is no sign of anything"
+    assert bits[(u == 0) & (v % 2 == 1)].all() and not bits[u > 0].any()
+    assert hash_of(ramp.convert("RGB")) == hash_of(ramp)
+    assert not np.unpackbits(np.frombuffer(bytes.fromhex(hash_of(ramp)), np.uint8))[(u == 0) & (v % 2 == 1)].any()
+
+
+def test_phash_needs_something_to_recognise() -> None:
+    rng = np.random.default_rng(0)
+    empty_tile = np.clip(rng.normal(240, 2.0, (256, 256, 3)), 0, 255).astype(np.uint8)
+    check_not_blank(Image.fromarray(empty_tile - (np.arange(256) > 200).astype(np.uint8)[None, :, None] * 4))
+    assert compute_phash(Image.fromarray(empty_tile)) is None
+    assert compute_phash(picture(0)) is not None
 
 
 @pytest.mark.real

@@ -1,45 +1,28 @@
 """Slides to tiles: the physical size is exact, nothing is guessed, what cannot be read is counted and never drawn."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import openslide
 import pytest
-import tifffile
-from PIL import Image
 
 from panfm.errors import UserError
 from panfm.shards.synthetic_patients import draw_patient
 from panfm.shards.tissue import SLIDE_MPP, SLIDE_SIZE, Stain, draw_section, write_slide
 from panfm.shards.wsi import (
     SlideError,
+    SlidePlan,
     SlideSettings,
     compute_tissue,
     count_tiles,
+    is_bad_slide,
+    judge_plan,
     plan_tiles,
     read_slide_tiles,
     read_tiles,
 )
-
-PINK = (220, 120, 170)
-
-
-def write_pyramid(path: Path, image: np.ndarray, mpp: float | None, factors: tuple[int, ...] = (1, 2, 4)) -> Path:
-    """Write a tiled pyramid of an RGB image whose finest level has `mpp`; None: the file states no resolution."""
-    with tifffile.TiffWriter(path) as file:
-        for number, factor in enumerate(factors):
-            size = (-(-image.shape[1] // factor), -(-image.shape[0] // factor))  # rounded up, as some scanners do
-            level = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
-            stated = {} if mpp is None else {"resolution": (1e4 / mpp / factor,) * 2, "resolutionunit": "CENTIMETER"}
-            file.write(level, subfiletype=int(number > 0), tile=(256, 256), photometric="rgb", metadata=None, **stated)
-    return path
-
-
-def draw_tissue(width: int, height: int) -> np.ndarray:
-    """A pink slide with a fine texture: tissue everywhere."""
-    noise = np.random.default_rng(0).integers(-25, 26, (height // 8 + 1, width // 8 + 1, 3))
-    texture = np.kron(noise, np.ones((8, 8, 1), dtype=np.int64))[:height, :width]
-    return np.clip(np.array(PINK) + texture, 0, 255).astype(np.uint8)
+from tests.shards.wsi_pyramids import PINK, damage, draw_stripes, draw_tissue, empty, write_pyramid
 
 
 def test_tile_size_is_whole_pixels() -> None:
@@ -62,11 +45,7 @@ def test_tiles_of_the_stored_resolution_are_the_stored_pixels(tmp_path: Path) ->
 def test_a_tile_has_its_microns_whatever_the_scan(tmp_path: Path, stated: float, level: int) -> None:
     """Stripes of 10 um tell where every pixel came from, to a tenth of a micron."""
     width, height = round(150 / stated), round(60 / stated)  # 150 x 60 um
-    stripes = 150 + 70 * np.sin(2 * np.pi * (np.arange(width) + 0.5) * stated / 10)
-    image = np.stack(
-        [np.tile(stripes, (height, 1)), np.full((height, width), 60), np.full((height, width), 160)], axis=-1
-    )
-    path = write_pyramid(tmp_path / "slide.tiff", image.astype(np.uint8), mpp=stated)
+    path = write_pyramid(tmp_path / "slide.tiff", draw_stripes(width, height, stated), mpp=stated)
     settings = SlideSettings(tile_um=50, mpp=0.5, min_tissue=0.0)
     plan = plan_tiles(path, settings)
     assert plan.level == level and plan.slide_mpp == pytest.approx((stated, stated), rel=1e-4)
@@ -115,22 +94,10 @@ def test_tissue_of_a_blank_slide_is_nowhere() -> None:
 
 def test_a_damaged_region_is_a_tile_without_an_image(tmp_path: Path) -> None:
     """Bytes of one stored TIFF tile are overwritten: its tiles have no image, their neighbours are untouched."""
-    section = draw_tissue(896, 448)
-    path = tmp_path / "slide.tiff"
-    with tifffile.TiffWriter(path) as file:
-        for number in (0, 1):
-            level = np.asarray(Image.fromarray(section).resize((896 >> 3 * number, 448 >> 3 * number)))
-            file.write(
-                level, subfiletype=number, tile=(256, 256), photometric="rgb", compression="zlib", metadata=None,
-                resolution=(2e4 / 8**number,) * 2, resolutionunit="CENTIMETER",
-            )  # fmt: skip
-    with tifffile.TiffFile(path) as file:
-        offset, length = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
-    damaged = bytearray(path.read_bytes())
-    damaged[offset : offset + length] = b"\xff" * length
+    path = write_pyramid(tmp_path / "slide.tiff", draw_tissue(896, 448), mpp=0.5, factors=(1, 8), compression="zlib")
     settings = SlideSettings(tile_um=56, mpp=0.5)
     whole = list(read_slide_tiles(path, settings))
-    path.write_bytes(bytes(damaged))
+    damage(path, 0)
     plan = plan_tiles(path, settings)
     assert plan.num_unmasked == 0 and len(plan.places) == len(whole) == 32
     tiles = list(read_tiles(plan))
@@ -141,34 +108,64 @@ def test_a_damaged_region_is_a_tile_without_an_image(tmp_path: Path) -> None:
             assert np.array_equal(tile.image, before.image)
 
 
+def test_a_stored_plan_is_the_plan(tmp_path: Path) -> None:
+    """Through JSON and back, with damage in it and without the slide's path: a resumed build need not plan again."""
+    path = write_pyramid(tmp_path / "P123.tiff", draw_tissue(896, 448), mpp=0.5, factors=(1, 8), compression="zlib")
+    damage(path, 0)
+    settings = SlideSettings(tile_um=56, mpp=0.5)
+    plan = plan_tiles(path, settings)
+    assert len(plan.unreadable) == 9
+    text = json.dumps(plan.to_json())
+    assert "P123" not in text
+    assert SlidePlan.from_json(json.loads(text), path, settings) == plan == plan_tiles(path, settings)
+
+
+def test_a_slide_with_too_much_damage_is_left_out_whole(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "slide.tiff", draw_tissue(896, 448), mpp=0.5, factors=(1, 8), compression="zlib")
+    damage(path, 0)
+    plan = plan_tiles(path, SlideSettings(tile_um=56, mpp=0.5))  # 9 of 32 tiles
+    error = judge_plan(plan)
+    assert error is not None and error.reason == "bad_slide"
+    assert "slide.tiff: 9 of 32 regions cannot be read, more than slides.max_bad_fraction (0.1); copy the" in str(error)
+    with pytest.raises(SlideError, match="9 of 32 regions"):
+        next(read_slide_tiles(path, plan.settings))
+    assert judge_plan(plan_tiles(path, SlideSettings(tile_um=56, mpp=0.5, max_bad_fraction=0.3))) is None
+    settings = SlideSettings(max_bad_fraction=0.1)
+    assert [is_bad_slide(num, 100, settings) for num in (0, 10, 11)] == [False, False, True]
+    assert not is_bad_slide(0, 0, settings)
+
+
+def test_damage_that_the_small_copy_hides_is_found_by_planning(tmp_path: Path) -> None:
+    """A copy that broke off: level 1 came whole, the second half of level 0 did not."""
+    path = write_pyramid(tmp_path / "slide.tiff", draw_tissue(4480, 896), mpp=0.5, factors=(1, 8), compression="zlib")
+    damage(path, *range(36, 72))
+    plan = plan_tiles(path, SlideSettings())
+    assert plan.num_unmasked == 0 and len(plan.places) == 80
+    assert {place.y0 for place in plan.unreadable} == {448, 672} and len(plan.unreadable) == 40
+    error = judge_plan(plan)
+    assert error is not None and error.reason == "bad_slide"
+
+
+def test_a_slide_smaller_than_a_tile_says_so(tmp_path: Path) -> None:
+    path = write_pyramid(tmp_path / "slide.tiff", draw_tissue(200, 200), mpp=0.5)
+    error = judge_plan(plan_tiles(path, SlideSettings()))
+    assert error is not None and error.reason == "too_small" and "smaller than one tile of 112 um" in str(error)
+
+
 def test_a_tile_that_the_small_copy_lacks_is_counted(tmp_path: Path) -> None:
     """A single-level slide: where its bytes are gone, the tissue mask cannot know, and no tile is planned."""
-    path = tmp_path / "slide.tiff"
-    tifffile.imwrite(
-        path, draw_tissue(4480, 448), tile=(256, 256), photometric="rgb", compression="zlib", metadata=None,
-        resolution=(2e4, 2e4), resolutionunit="CENTIMETER",
-    )  # fmt: skip
-    with tifffile.TiffFile(path) as file:
-        offset, length = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
-    damaged = bytearray(path.read_bytes())
-    damaged[offset : offset + length] = b"\xff" * length
-    path.write_bytes(bytes(damaged))
+    path = write_pyramid(tmp_path / "slide.tiff", draw_tissue(4480, 448), mpp=0.5, factors=(1,), compression="zlib")
+    damage(path, 0)
     plan = plan_tiles(path, SlideSettings())
-    assert plan.num_unmasked > 0 and plan.num_unmasked + len(plan.places) == 40
+    # The stored tile is 128 um wide; blocks that cannot be read are halved down to 256 um.
+    assert 4 <= plan.num_unmasked <= 9 and plan.num_unmasked + len(plan.places) == 40
     assert all(tile.image is not None for tile in read_tiles(plan))
 
 
 def test_what_was_never_scanned_is_white(tmp_path: Path) -> None:
     """Scanners leave out tiles of bare glass; OpenSlide answers transparent black there."""
-    path = tmp_path / "slide.tiff"
-    tifffile.imwrite(
-        path, draw_tissue(512, 256), tile=(256, 256), photometric="rgb", compression="zlib", metadata=None,
-        resolution=(2e4, 2e4), resolutionunit="CENTIMETER",
-    )  # fmt: skip
-    with tifffile.TiffFile(path, mode="r+b") as file:
-        page = file.pages[0]
-        page.tags["TileByteCounts"].overwrite((page.databytecounts[0], 0))
-        page.tags["TileOffsets"].overwrite((page.dataoffsets[0], 0))
+    path = write_pyramid(tmp_path / "slide.tiff", draw_tissue(512, 256), mpp=0.5, factors=(1,), compression="zlib")
+    empty(path, 1)
     tiles = list(read_slide_tiles(path, SlideSettings(tile_um=64, mpp=0.5, min_tissue=0.0)))
     means = [tile.image.mean() for tile in tiles]
     assert means[3] == 255 and means[0] == pytest.approx(np.mean(PINK), abs=3)
@@ -216,5 +213,9 @@ def test_real_slides(real_data: Path) -> None:
         plan_tiles(slides / "histolab/broken.svs", SlideSettings())
     with pytest.raises(SlideError, match=r"352.778 x 352.778 microns per pixel, outside"):
         plan_tiles(slides / "openslide_python_fixtures/boxes.tiff", SlideSettings())
-    damaged = plan_tiles(slides / "openslide_python_fixtures/unreadable.svs", SlideSettings(tile_um=8, mpp=0.5))
-    assert (damaged.num_unmasked, damaged.places) == (0, ())  # 16 px at 0.499: not one whole tile
+    small = SlideSettings(tile_um=7.984, mpp=0.499)
+    assert judge_plan(plan_tiles(slides / "openslide_python_fixtures/small.svs", small)).reason == "no_tissue"  # 8 um
+    damaged = plan_tiles(slides / "openslide_python_fixtures/unreadable.svs", small)
+    assert (damaged.num_unmasked, damaged.places, judge_plan(damaged).reason) == (1, (), "bad_slide")
+    with pytest.raises(SlideError, match="OpenSlide cannot open it"):
+        plan_tiles(slides / "openslide_python_fixtures/unopenable.tiff", small)

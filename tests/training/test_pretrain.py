@@ -9,13 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from panfm.config import load_config
-from panfm.encoder.facts import read_facts
+from panfm.encoder.export import export_encoder
+from panfm.encoder.facts import read_facts, write_facts
 from panfm.errors import UserError
 from panfm.files import read_json
 from panfm.shards.index import Exclusion, open_shard_set
 from panfm.tracking import read_metrics
 from panfm.training.checkpoint import find_checkpoint, list_checkpoints
 from panfm.training.pretrain import PretrainConfig, every, pretrain
+from tests.encoder.test_export import SMALL, make_checkpoint
 from tests.training.conftest import run_pretrain, start_pretrain
 
 EXACT = ("step", "samples_seen", "loss", "lr", "grad_norm")
@@ -56,6 +58,7 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     facts = read_facts(list_checkpoints(whole)[-1] / "encoder.json")
     assert (facts.step, facts.samples_seen, facts.sources[0].source) == (8, 128, "drawn")
     assert facts.sources[0].num_kept == 40
+    assert facts.use == "research" and facts.sources[0].permitted_uses == ("research",)
     encoder = load_file(list_checkpoints(whole)[-1] / "encoder.safetensors")
     assert encoder["patch_embed.proj.weight"].shape == (192, 3, 16, 16)
 
@@ -194,6 +197,24 @@ def test_config_mistakes_are_named(config: Path, tmp_path: Path) -> None:
 def test_every_shipped_config_is_valid(name: str) -> None:
     settings = load_config(PretrainConfig, name, ["data.shards=[x]"], folder="configs/pretrain")
     assert settings.data.exclude.tasks == "all" and settings.tracking.wandb == "disabled"
+
+
+def test_a_use_that_a_source_or_a_teacher_does_not_permit_is_refused(config: Path, tmp_path: Path) -> None:
+    settings = load_config(PretrainConfig, config, ["data.use=commercial"])
+    with pytest.raises(UserError, match=r"samples of drawn do not permit the use commercial \(the card permits"):
+        pretrain(settings, out=tmp_path / "run", excluded=Exclusion())
+    with pytest.raises(UserError, match=r"data\.use"):
+        load_config(PretrainConfig, config, ["data.use=anything"])
+
+    export = tmp_path / "export"
+    export_encoder(make_checkpoint(tmp_path / "step-1", SMALL), export)
+    facts = read_facts(export / "panfm.json")
+    bound = facts.sources[0].model_copy(update={"permitted_uses": ("education",)})
+    write_facts(export / "panfm.json", facts.model_copy(update={"sources": (bound,)}))
+    target = f"objectives=[{{kind: masked_image, target: {{kind: frozen_teacher, address: 'panfm:{export}'}}}}]"
+    with pytest.raises(UserError, match=r"data\.use \(research\): panfm:.*ham10000 .*does not permit the use research"):
+        pretrain(load_config(PretrainConfig, config, [target]), out=tmp_path / "run", excluded=Exclusion())
+    assert not (tmp_path / "run").exists()
 
 
 def test_every() -> None:

@@ -17,6 +17,9 @@ def _group() -> None:
 def build(
     results: Annotated[list[Path], typer.Argument(help="Results folders, as `panfm evaluate run --out` wrote them.")],
     out: Annotated[Path, typer.Option(help="Folder for leaderboard.html, .md, .csv and .json.")] = Path("leaderboard"),
+    audit: Annotated[
+        Path | None, typer.Option(help="Audit folder: cells show how many test images pretraining may have seen.")
+    ] = None,
 ) -> None:
     """Build leaderboard.html, leaderboard.md, leaderboard.csv and leaderboard.json; equal inputs give equal bytes.
 
@@ -25,6 +28,6 @@ def build(
     from panfm.evaluation.leaderboard import build_leaderboard, format_table
     from panfm.progress import print_output
 
-    summary = build_leaderboard(results, out)
+    summary = build_leaderboard(results, out, audit)
     print_output(format_table(summary))
     typer.echo(f"{out / 'leaderboard.html'}: open it in a browser")

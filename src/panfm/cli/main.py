@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from panfm import __version__
-from panfm.cli import demo, doctor, embed, evaluate, export, leaderboard, pretrain, shards, synth
+from panfm.cli import audit, demo, doctor, embed, evaluate, export, leaderboard, pretrain, report, shards, synth
 from panfm.errors import UserError
 
 EXIT_USER = 2
@@ -42,6 +42,8 @@ app.command("demo")(demo.run)
 app.command("doctor")(doctor.run)
 app.command("synth")(synth.run)
 app.add_typer(shards.app, name="shards")
+app.command("report")(report.run)
+app.command("audit", cls=audit.SeveralFolders)(audit.run)
 app.command("pretrain")(pretrain.run)
 app.command("export")(export.run)
 app.command("embed")(embed.run)

@@ -1,5 +1,6 @@
 """`panfm pretrain`: train an encoder; the same command on one process and under torchrun."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +24,14 @@ def run(
 ) -> None:
     """Pretrain an encoder on shards; the test groups of every known task are kept out (data.exclude).
 
+    data.exclude.audit=DIR keeps out what `panfm audit` listed, too: copies of test images.
+
     Example: panfm pretrain debug_cpu data.shards='[shards/synthetic]' --out runs/first
 
     On several processes: torchrun --nproc_per_node=2 -m panfm pretrain debug_cpu ...
     """
     from panfm.config import load_config
+    from panfm.evaluation.contamination_list import find_copied, read_audit
     from panfm.evaluation.splits import compute_excluded
     from panfm.shards.index import open_shard_set
     from panfm.training.pretrain import PretrainConfig, pretrain
@@ -36,6 +40,9 @@ def run(
     # The evaluation room knows which groups are tested on, the training room must not see them: both meet here.
     shard_sets = [open_shard_set(path) for path in settings.data.shards]
     excluded = compute_excluded(settings.data.exclude.tasks, shard_sets, task_dir)
+    if settings.data.exclude.audit is not None:
+        audit = read_audit(settings.data.exclude.audit)
+        excluded = replace(excluded, keys=find_copied(audit, shard_sets), audit=audit.hash)
     folder = out or Path("runs") / Path(config).stem
     summary = pretrain(settings, out=folder, excluded=excluded, resume=resume)
     raise typer.Exit(summary.exit_code)

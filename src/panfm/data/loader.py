@@ -36,6 +36,7 @@ from panfm.data.mixture import MixtureConfig, MixturePlan, SampleStream, build_m
 from panfm.data.selection import SampleTable, SourceFacts, concatenate_tables, derive_key, select_samples
 from panfm.data.transforms import AugmentConfig, augment_views
 from panfm.errors import UserError
+from panfm.shards.cards import Use
 from panfm.shards.index import Places, ShardReader, ShardSet, open_shard_set
 from panfm.shards.schema import MODALITIES, Modality
 
@@ -50,6 +51,8 @@ class ExcludeConfig:
 
     tasks: Literal["all", "none"] | tuple[str, ...] = "all"
     """Evaluation tasks whose test groups are never drawn: all known ones, none, or a list of names."""
+    audit: str | None = None
+    """Folder that `panfm audit` wrote for these shards: the images it lists are never drawn either."""
 
 
 @config_class
@@ -58,6 +61,8 @@ class DataConfig:
 
     shards: Annotated[tuple[str, ...], Field(min_length=1)]
     """Folders of built shard sets, one a source."""
+    use: Use = "research"
+    """What the encoder is trained for; a source whose licence or consent does not permit it stops the run."""
     exclude: ExcludeConfig = Field(default_factory=ExcludeConfig)
     """Evaluation groups that pretraining must not see."""
     modalities: Annotated[tuple[Modality, ...], Field(min_length=1)] = MODALITIES
@@ -100,12 +105,13 @@ def build_loader(
     global_batch_size: int,
     micro_batch_size: int,
     excluded: Mapping[str, frozenset[str]],
-    training_use: str = "research",
+    excluded_keys: Mapping[str, frozenset[str]] | None = None,
 ) -> "Loader":
     """Open the shard sets, keep what may be drawn, and plan the stream.
 
     mask: None draws no masks; mask_grid is (rows, columns) of patches in a view. excluded: source -> group_ids that are
-    removed before anything is drawn. training_use: the use that every sample's `permitted_uses` must name.
+    removed before anything is drawn; excluded_keys: source -> keys of single samples that are, too. data.use: the use
+    that every sample's `permitted_uses` must name.
 
     Raises UserError: a folder that is no whole shard set, two of one source, a use that is not permitted, batch sizes
     that do not divide, weights that do not fit, nothing left to draw.
@@ -124,12 +130,14 @@ def build_loader(
     facts, tables = [], []
     for shard_set in shard_sets:
         groups = excluded.get(shard_set.source, frozenset())
-        fact, table = select_samples(shard_set, data.modalities, groups, training_use)
+        keys = (excluded_keys or {}).get(shard_set.source, frozenset())
+        fact, table = select_samples(shard_set, data.modalities, groups, data.use, keys)
         facts.append(fact)
         tables.append(table)
     if not any(fact.num_kept for fact in facts):
         counts = "; ".join(
-            f"{fact.source}: {fact.num_samples} less {fact.num_excluded} excluded, {fact.num_filtered} filtered"
+            f"{fact.source}: {fact.num_samples} less {fact.num_excluded + fact.num_audited} excluded, "
+            f"{fact.num_filtered} filtered"
             for fact in facts
         )
         raise UserError(f"data.shards: nothing is left to draw ({counts}); widen data.modalities or data.exclude.tasks")

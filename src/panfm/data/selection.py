@@ -25,7 +25,7 @@ COLUMNS = ("row", "modality", "lesion", "patient", "visit")
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What one source brings to a run; num_samples = num_excluded + num_filtered + num_kept."""
+    """What one source brings to a run; num_samples = num_excluded + num_audited + num_filtered + num_kept."""
 
     source: str
     path: str
@@ -34,9 +34,11 @@ class SourceFacts:
     data_hash: str
     num_samples: int  # in the index
     num_excluded: int  # in groups that evaluation tests on
+    num_audited: int  # of the rest, those that an audit lists: copies of test images
     num_filtered: int  # of a modality that is not drawn
     num_kept: int
     num_by_modality: dict[str, int]  # of the kept ones
+    permitted_uses: tuple[str, ...]  # what the source's card permits
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,16 @@ class SampleTable:
 
 
 def select_samples(
-    shard_set: ShardSet, modalities: Sequence[Modality], excluded: frozenset[str], training_use: str
+    shard_set: ShardSet,
+    modalities: Sequence[Modality],
+    excluded: frozenset[str],
+    training_use: str,
+    excluded_keys: frozenset[str] = frozenset(),
 ) -> tuple[SourceFacts, SampleTable]:
     """Keep the samples of one source that may be drawn, and count what was left out and why.
 
-    excluded: group_ids. Raises UserError where a sample's permitted_uses lack `training_use`.
+    excluded: group_ids. excluded_keys: single samples, besides. Raises UserError where a sample's permitted_uses lack
+    `training_use`.
     """
     table = shard_set.table
     num_refused = table.num_rows - _count_permitted(table["permitted_uses"], training_use)
@@ -67,7 +74,9 @@ def select_samples(
             f"{shard_set.path}: {num_refused} of {table.num_rows} samples of {shard_set.source} do not permit the use "
             f"{training_use} (the card permits: {uses}); take the source out of data.shards"
         )
-    drop = pc.is_in(table["group_id"], value_set=pa.array(sorted(excluded), pa.string())).to_numpy()
+    in_group = pc.is_in(table["group_id"], value_set=pa.array(sorted(excluded), pa.string())).to_numpy()
+    listed = pc.is_in(table["key"], value_set=pa.array(sorted(excluded_keys), pa.string())).to_numpy()
+    drop = in_group | listed
     modality = _number_values(table["modality"], MODALITY_NUMBER.__getitem__)
     drawn = np.isin(modality, [MODALITY_NUMBER[name] for name in modalities])
     kept = np.flatnonzero(~drop & drawn)
@@ -81,10 +90,12 @@ def select_samples(
         synthetic=shard_set.card.synthetic,
         data_hash=shard_set.compute_data_hash(),
         num_samples=table.num_rows,
-        num_excluded=int(np.count_nonzero(drop)),
+        num_excluded=int(np.count_nonzero(in_group)),
+        num_audited=int(np.count_nonzero(listed & ~in_group)),
         num_filtered=int(np.count_nonzero(~drop & ~drawn)),
         num_kept=int(kept.size),
         num_by_modality={name: count for name, count in zip(MODALITIES, counts, strict=True) if count},
+        permitted_uses=tuple(shard_set.card.permitted_uses),
     )
     return facts, SampleTable(
         sources=(shard_set.source,),

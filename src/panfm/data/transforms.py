@@ -90,10 +90,10 @@ def augment_views(
     views = []
     for crop, rng in zip(load_crops(image, boxes, config.image_size), rngs, strict=True):
         flip, turns = bool(rng.random() < 0.5), int(rng.integers(4))
-        view = crop[:, ::-1] if config.flips and flip else crop
-        view = np.rot90(view, turns) if config.rotations else view
+        view = crop[:, :, ::-1] if config.flips and flip else crop  # [3, S, S]
+        view = np.rot90(view, turns, axes=(1, 2)) if config.rotations else view
         jitter = jitter_stain if modality == "histopathology" else jitter_colour
-        views.append(jitter(np.ascontiguousarray(view.transpose(2, 0, 1)), rng, config))
+        views.append(jitter(np.ascontiguousarray(view), rng, config))
     return views
 
 

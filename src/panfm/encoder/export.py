@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import timm
 import torch
 from torch import nn
 
-from panfm.encoder.facts import EncoderFacts, Pooling, TransformFacts, read_facts, write_facts
+from panfm.encoder.address import Address, parse_address
+from panfm.encoder.facts import EncoderFacts, Pooling, TransformFacts, check_use, read_facts, write_facts
 from panfm.encoder.network import EncoderNetwork
 from panfm.encoder.weights import load_strictly, read_weights
 from panfm.errors import UserError
@@ -33,20 +34,33 @@ _TIMM_POOLING: Mapping[Pooling, dict[str, Any]] = {
     "map": {},
 }
 
+_TERMS = {
+    "research": "For research only.",
+    "education": "For education.",
+    "commercial": "For commercial use as the licences below permit it.",
+}
 
-def export_encoder(checkpoint: Path, out: Path) -> Path:
+
+def export_encoder(checkpoint: Path, out: Path, *, use: str | None = None) -> Path:
     """Write the encoder of a checkpoint, or of a run's newest whole checkpoint, as an export folder; return `out`.
 
-    An earlier export at `out` is replaced; any other folder with something in it is left alone.
+    An earlier export at `out` is replaced; any other folder with something in it is left alone. use: research,
+    education or commercial; None: what it was trained for.
 
-    Raises UserError for a checkpoint that is missing, not whole, or differs from its manifest.
+    Raises UserError for a checkpoint that is missing, not whole, or differs from its manifest, and for a use that a
+    source of its training data, or of an encoder that it began from or learned from, does not permit.
     """
     checkpoint, out = _find_checkpoint(Path(checkpoint)), Path(out)
     if out.exists() and not (out / "panfm.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an export; name a new or empty folder")
     weights_sha256 = _verify(checkpoint, "encoder.safetensors")
     _verify(checkpoint, "encoder.json")
-    facts = read_facts(checkpoint / "encoder.json").model_copy(update={"weights_sha256": weights_sha256})
+    facts = read_facts(checkpoint / "encoder.json")
+    use = use or facts.use
+    check_use(facts, use, str(checkpoint))
+    if use != facts.use:  # for the use it was trained for, pretraining has looked at these
+        _check_ancestors(facts, use, str(checkpoint), known=set())
+    facts = facts.model_copy(update={"weights_sha256": weights_sha256, "use": use})
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
@@ -62,6 +76,19 @@ def export_encoder(checkpoint: Path, out: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def find_ancestors(facts: EncoderFacts) -> tuple[Address, ...]:
+    """The trained encoders that an encoder began from or learned from, as its config names them."""
+    addresses = []
+    for text in _iterate_texts([facts.config.get("encoder"), facts.config.get("objectives")]):
+        try:
+            address = parse_address(text)
+        except UserError:
+            continue  # a text of the config that is no encoder address
+        if address.seed is None:  # else untrained
+            addresses.append(address)
+    return tuple(addresses)
 
 
 def find_newest_checkpoint(run: Path) -> Path:
@@ -83,6 +110,30 @@ def _find_checkpoint(path: Path) -> Path:
             f"{path}: no manifest.json, so it is no whole checkpoint; name the run, and its newest is taken"
         )
     return path
+
+
+def _iterate_texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _iterate_texts(inner)
+
+
+def _check_ancestors(facts: EncoderFacts, use: str, where: str, known: set[str]) -> None:
+    """Check the use against the training data of every panfm encoder up the line; others' terms are for the user."""
+    for address in find_ancestors(facts):
+        if address.scheme != "panfm" or address.text in known:
+            continue
+        path = Path(address.target).expanduser() / "panfm.json"
+        if not path.is_file():
+            raise UserError(
+                f"{where}: learned from {address.text}, which is not there, so it cannot be told whether its training "
+                f"data permit the use {use}; put it back, or export for {facts.use}"
+            )
+        ancestor = read_facts(path)
+        check_use(ancestor, use, f"{where}: learned from {address.text}")
+        _check_ancestors(ancestor, use, where, known | {address.text})
 
 
 def _verify(checkpoint: Path, name: str) -> str:
@@ -184,6 +235,8 @@ def _make_readme(facts: EncoderFacts, name: str) -> str:
         for source in facts.sources
     ]
     synthetic = facts.sources and all(source.synthetic for source in facts.sources)
+    others = ", ".join(address.text for address in find_ancestors(facts) if address.scheme != "panfm")
+    ancestry = f"\nIt began from or learned from {others}, whose own terms bind it too.\n" if others else ""
     warning = "\n**Every image it was trained on is synthetic: it shows that the software works, nothing more.**\n"
     excluded = ", ".join(facts.excluded_tasks) or "none: do not report its results on tasks drawn from these sources"
     return f"""---
@@ -196,7 +249,7 @@ tags: [dermatology, self-supervised, panfm]
 A frozen image encoder for skin images, pretrained with panfm {facts.code_version}: {facts.timm_name},
 {size} px, {facts.samples_seen:,} samples seen in {facts.step:,} steps.
 {warning if synthetic else ""}
-**For research only. It is not a medical device and gives no diagnosis.**
+**{_TERMS[facts.use]} It is not a medical device and gives no diagnosis.**
 
 ## Use
 
@@ -218,7 +271,8 @@ Pooling: {facts.pooling} of the normalised tokens{_pooling_note(facts)}.
 |---|---|---|---|
 {chr(10).join(rows) or "| not recorded | | | |"}
 
-The licences of the sources bind the use of these weights. Test groups kept out of pretraining, by task: {excluded}.
+The licences of the sources bind the use of these weights; exported for: {facts.use}.
+{ancestry}Test groups kept out of pretraining, by task: {excluded}.
 
 The whole training configuration, the hashes of the data and of the weights are in `panfm.json`.
 """

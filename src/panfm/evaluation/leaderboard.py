@@ -8,6 +8,7 @@ A pure function of its inputs: the same Results give the same bytes, wherever an
 from collections.abc import Sequence
 from pathlib import Path
 
+from panfm.evaluation.contamination_list import read_audit
 from panfm.evaluation.report import format_table, render_csv, render_json, render_markdown, render_page
 from panfm.evaluation.standings import LeaderboardSummary, compute_standings
 from panfm.files import write_text
@@ -15,13 +16,15 @@ from panfm.files import write_text
 __all__ = ["LeaderboardSummary", "build_leaderboard", "format_table"]
 
 
-def build_leaderboard(result_roots: Sequence[Path], out: Path) -> LeaderboardSummary:
+def build_leaderboard(result_roots: Sequence[Path], out: Path, audit: Path | None = None) -> LeaderboardSummary:
     """Build the board of all Results below `result_roots` in the folder `out` and return what it shows.
+
+    audit: a folder that `panfm audit` wrote; cells then say how many of their test images pretraining may have seen.
 
     Everything is computed before the first file is written. Raises UserError for Results that cannot be trusted or
     compared (see `verify`), naming the file.
     """
-    summary = compute_standings(result_roots)
+    summary = compute_standings(result_roots, None if audit is None else read_audit(audit))
     texts = {
         "leaderboard.json": render_json(summary),
         "leaderboard.csv": render_csv(summary),

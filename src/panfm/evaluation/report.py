@@ -56,6 +56,10 @@ CSV_COLUMNS = (
     "difference_high",
     "contamination",
     "counts_for_claims",
+    "audit_choice",
+    "seen_test_images",
+    "value_without_seen",
+    "audit_reason",
 )
 PROTOCOLS = {"linear_probe": "Linear probe", "knn": "Nearest neighbours", "finetune": "Fine-tuning"}
 CONTAMINATION = {
@@ -97,6 +101,7 @@ def render_page(summary: LeaderboardSummary) -> str:
         is_shared=is_shared,
         is_best=is_best,
         list_contamination=list_contamination,
+        describe_audit=describe_audit,
     )
     return page.rstrip() + "\n"
 
@@ -118,6 +123,10 @@ def render_markdown(summary: LeaderboardSummary) -> str:
         for row in section.rows:
             if row.reason:
                 lines.append(f"- {_escape_markdown(row.encoder.name)}: no rank, {_escape_markdown(row.reason)}")
+            for task, cell in zip(section.tasks, row.cells, strict=True):
+                if (found := describe_audit(cell)) is not None:
+                    name = f"{row.encoder.name}, {task.title}"
+                    lines.append(f"- {_escape_markdown(name)}: {_escape_markdown(found[1])}")
         for task in section.tasks:
             if not task.claim:
                 note = f": {task.claim_note}" if task.claim_note else ""
@@ -159,7 +168,7 @@ def render_csv(summary: LeaderboardSummary) -> str:
                 else [None] * 7
             )
             for task, cell in zip(section.tasks, row.cells, strict=True):
-                gap = cell.difference
+                gap, audit = cell.difference, cell.audit
                 values = [
                     *("synthetic" if section.synthetic else "real", section.protocol, section.variant),
                     *(section.label_fraction, row.encoder.name, *standing, task.name, task.version, task.metric),
@@ -167,6 +176,7 @@ def render_csv(summary: LeaderboardSummary) -> str:
                     *(task.num_test, task.num_test_groups, task.group_kind, section.reference),
                     *((gap.difference, gap.low, gap.high) if gap else (None, None, None)),
                     *(cell.contamination, task.claim),
+                    *((audit.choice, audit.num_seen, audit.value, audit.reason) if audit else (None,) * 4),
                 ]
                 writer.writerow([_to_spreadsheet(value) for value in values])
     return buffer.getvalue()
@@ -251,6 +261,21 @@ def list_contamination(section: Section, row: Row) -> list[tuple[str, str]]:
     if len(kinds) == 1:
         return [(kinds[0], CONTAMINATION[kinds[0]])]
     return [(kind, f"{CONTAMINATION[kind]} ({found.count(kind)} of {len(found)} tasks)") for kind in kinds]
+
+
+def describe_audit(cell: Cell) -> tuple[str, str] | None:
+    """Say what an audit found for a cell: (badge, words); None where no audit was read or nothing was measured."""
+    audit = cell.audit
+    if audit is None or cell.num_runs == 0:
+        return None
+    if audit.num_seen is None:
+        return "unknown", f"not audited: {audit.reason}"
+    if audit.num_seen == 0:
+        left_out = "kept out of pretraining" if audit.choice == "excluded" else "none found"
+        return "excluded", f"audit: copies of test images {left_out}"
+    value = f"without them {_number(audit.value)}" if audit.value is not None else f"without them: {audit.reason}"
+    share = _percent(audit.num_seen / audit.num_test)
+    return "unknown", f"audit: {audit.num_seen} of {audit.num_test} test images ({share}) in pretraining; {value}"
 
 
 def _describe_rank(section: Section, row: Row) -> str:

@@ -39,6 +39,18 @@ class MetricValue(BaseModel):
     reason: str | None = None  # why the value or its interval is null
 
 
+class TrainedOn(BaseModel):
+    """One source of an encoder's pretraining, as its facts record it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    data_hash: str
+    num_kept: int
+    num_excluded: int = 0  # of the test groups of its excluded tasks
+    num_audited: int = 0  # listed by its audit
+
+
 class EncoderCard(BaseModel):
     """What the board says about an encoder."""
 
@@ -54,6 +66,9 @@ class EncoderCard(BaseModel):
     pooling: str
     training_data: str | None = None  # what is known of it; null = unknown to us
     contamination: Literal["excluded", "none", "unknown"] = "unknown"
+    sources: tuple[TrainedOn, ...] | None = None  # null = unknown to us
+    excluded_tasks: tuple[str, ...] = ()  # tasks whose test groups were kept out of its pretraining
+    audit: str | None = None  # SHA-256 of the audit.json whose images were kept out, too
     energy_kwh: float | None = None
 
 

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from panfm.config import config_class, to_plain
+from panfm.encoder.export import find_ancestors
 from panfm.encoder.load import Encoder, load_encoder
 from panfm.errors import UserError
 from panfm.evaluation.finetune import FinetuneConfig, score_finetune
 from panfm.evaluation.knn import KnnConfig, score_knn
 from panfm.evaluation.linear_probe import LinearProbeConfig, score_linear_probe
 from panfm.evaluation.protocol import EvaluatedOn, Protocol, Trial, build_trial, find_result, write_trial
-from panfm.evaluation.results import EncoderCard, make_folder_name
+from panfm.evaluation.results import EncoderCard, TrainedOn, make_folder_name
 from panfm.evaluation.splits import Split, load_split
 from panfm.evaluation.tasks import TaskCard, list_tasks, load_task
 from panfm.features import compute_features
@@ -318,6 +319,25 @@ def _describe_encoder(encoder: Encoder, name: str, card: TaskCard) -> EncoderCar
     values = {**asdict(encoder.card), "name": name}
     if encoder.facts is not None:
         values["contamination"] = "excluded" if card.name in encoder.facts.excluded_tasks else "unknown"
+        values["excluded_tasks"], values["audit"] = encoder.facts.excluded_tasks, encoder.facts.audit
+        # What a network of unknown data began or learned from, it may have seen through its teacher.
+        unknown = any(address.scheme != "timm" for address in find_ancestors(encoder.facts))
+        values["sources"] = (
+            None
+            if unknown
+            else tuple(
+                TrainedOn(
+                    source=source.source,
+                    data_hash=source.data_hash,
+                    num_kept=source.num_kept,
+                    num_excluded=source.num_excluded,
+                    num_audited=source.num_audited,
+                )
+                for source in encoder.facts.sources
+            )
+        )
+    elif encoder.card.contamination == "none":
+        values["sources"] = ()
     return EncoderCard(**values)
 
 

@@ -12,7 +12,7 @@ hold the choice of test patients; the choice of labels enters by averaging its d
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from panfm.errors import UserError
+from panfm.evaluation.contamination_list import Audit, Seen, find_seen
 from panfm.evaluation.results import EncoderCard, Result, read_results
 from panfm.evaluation.tasks import TaskCard, load_task
 from panfm.evaluation.verify import Run, TestSet, check_same_test_set, check_unique, read_test_set, recompute
-from panfm.measures.metrics import METRICS
+from panfm.measures.metrics import METRICS, compute_metric
 from panfm.measures.statistics import (
     FEW_GROUPS,
     NUM_REPLICATES,
@@ -66,6 +67,17 @@ class Task:
 
 
 @dataclass(frozen=True)
+class AuditedCell:
+    """What an audit says of an encoder on a task, and the value without the test images that pretraining has seen."""
+
+    num_seen: int | None  # test images; None: the audit cannot tell, `reason` says why
+    num_test: int
+    value: float | None  # the primary metric of the others, mean over draws and seeds
+    reason: str | None
+    choice: str | None  # "excluded": pretraining left out what the audit lists; "flagged": it did not
+
+
+@dataclass(frozen=True)
 class Cell:
     """An encoder on a task: mean over draws and seeds with its 95 % interval; null with a reason."""
 
@@ -79,6 +91,7 @@ class Cell:
     contamination: str
     difference: PairedDifference | None  # to the section's reference encoder, on the same patients
     predictions_sha256: tuple[str, ...]
+    audit: AuditedCell | None = None  # None: the board was built without an audit
 
 
 @dataclass(frozen=True)
@@ -145,10 +158,11 @@ class LeaderboardSummary:
     development: tuple[DevelopmentRow, ...]
     encoders: tuple[str, ...]  # all names, sorted: an encoder keeps its colour on the whole page
     num_results: int
+    audit: str | None = None  # SHA-256 of the audit.json that the cells were held against
 
 
-def compute_standings(roots: Sequence[Path]) -> LeaderboardSummary:
-    """Compute the board from the Result files below `roots`.
+def compute_standings(roots: Sequence[Path], audit: Audit | None = None) -> LeaderboardSummary:
+    """Compute the board from the Result files below `roots`; with an audit, every cell says what was seen before.
 
     Raises UserError for predictions that are missing or not those of their Result, for a metric that does not follow
     from them, for a Result that is there twice, for one name on two encoders, and for a task measured on two test sets.
@@ -162,6 +176,10 @@ def compute_standings(roots: Sequence[Path]) -> LeaderboardSummary:
     tasks: dict[str, Task] = {}
     runs: dict[tuple[bool, str, str, float], dict[tuple[str, str], list[Run]]] = defaultdict(lambda: defaultdict(list))
     num_groups: dict[str, int] = {}
+    seen: dict[tuple[str, str], Seen] = {}
+    audited: dict[tuple[bool, str, str, float], dict[tuple[str, str], list[AuditedCell]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     with_progress = track(sorted(by_task.items()), "leaderboard: bootstrap", unit="tasks")
     for name, items in with_progress:
         first = read_test_set(*items[0])
@@ -175,9 +193,40 @@ def compute_standings(roots: Sequence[Path]) -> LeaderboardSummary:
             check_same_test_set(first, test_set)
             section = (result.synthetic, result.protocol, result.variant, result.label_fraction)
             runs[section][result.encoder.name, name].append(recompute(test_set, weights))
-    sections = tuple(_build_section(*key, tasks, runs[key], num_groups) for key in sorted(runs, key=_order_sections))
+            if audit is not None:
+                place = result.encoder.name, name
+                if place not in seen:
+                    seen[place] = find_seen(audit, result.encoder, name, result.data_hash)
+                audited[section][place].append(_measure_unseen(test_set, seen[place]))
+    sections = tuple(
+        _build_section(
+            *key, tasks, runs[key], num_groups, {at: _average_audited(found) for at, found in audited[key].items()}
+        )
+        for key in sorted(runs, key=_order_sections)
+    )
     encoders = tuple(sorted({result.encoder.name for _, result in found}))
-    return LeaderboardSummary(sections, _list_development(found), encoders, len(found))
+    development = _list_development(found)
+    return LeaderboardSummary(sections, development, encoders, len(found), None if audit is None else audit.hash)
+
+
+def _measure_unseen(test_set: TestSet, seen: Seen) -> AuditedCell:
+    """Recompute one Result's primary metric without the images that its encoder has seen."""
+    num_test = test_set.result.num_test
+    if seen.keys is None:
+        return AuditedCell(None, num_test, None, seen.reason, seen.choice)
+    kept = ~np.isin(test_set.keys, sorted(seen.keys))
+    num_seen = len(np.unique(test_set.keys[~kept]))
+    if not kept.any():
+        return AuditedCell(num_seen, num_test, None, "every test image was seen", seen.choice)
+    point = compute_metric(test_set.result.primary_metric, test_set.labels[kept], test_set.scores[kept])
+    return AuditedCell(num_seen, num_test, point.value, point.reason, seen.choice)
+
+
+def _average_audited(found: Sequence[AuditedCell]) -> AuditedCell:
+    """One cell of all draws and seeds: they have the same test images and the same encoder."""
+    values = [cell.value for cell in found if cell.value is not None]
+    undefined = next((cell.reason for cell in found if cell.value is None), None)
+    return replace(found[0], value=float(np.mean(values)) if undefined is None else None, reason=undefined)
 
 
 def _order_sections(key: tuple[bool, str, str, float]) -> tuple[bool, int, str, str, float]:
@@ -248,6 +297,7 @@ def _build_section(
     all_tasks: Mapping[str, Task],
     runs: Mapping[tuple[str, str], list[Run]],
     num_groups: Mapping[str, int],
+    audited: Mapping[tuple[str, str], AuditedCell],
 ) -> Section:
     encoders = sorted({encoder for encoder, _ in runs})
     tasks = tuple(all_tasks[name] for name in sorted({task for _, task in runs}))
@@ -258,7 +308,8 @@ def _build_section(
         row = []
         for task in tasks:
             theirs = runs.get((reference, task.name)) if reference is not None and encoder != reference else None
-            row.append(_build_cell(runs.get((encoder, task.name)), theirs, num_groups[task.name]))
+            cell = _build_cell(runs.get((encoder, task.name)), theirs, num_groups[task.name])
+            row.append(replace(cell, audit=audited.get((encoder, task.name))))
         cells[encoder] = tuple(row)
     # A metric that this test set leaves undefined is so for every encoder: the task then counts for none.
     counted = [

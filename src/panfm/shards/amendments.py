@@ -11,6 +11,7 @@ from pathlib import Path
 
 from panfm.errors import UserError
 from panfm.shards.cards import SourceCard
+from panfm.shards.dialects import detect_dialect
 from panfm.shards.spreadsheets import read_spreadsheet
 
 
@@ -116,7 +117,9 @@ def _read_corrections(card: SourceCard, path: Path) -> list[Correction]:
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
-    header, rows = read_spreadsheet(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the card names it, so put it there or take it out of the card")
+    header, rows = read_spreadsheet(path, detect_dialect(path))  # a person saved it, in whatever Excel they have
     for column in columns:
         if column not in header:
             raise UserError(f"{path}: has no column {column}; it needs {', '.join(columns)}")

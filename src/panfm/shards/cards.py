@@ -21,7 +21,7 @@ from panfm.shards.wsi import SlideSettings
 
 Use = Literal["research", "education", "commercial"]
 MEMBER_MARK = "::"  # FILE::MEMBER names a member of a .zip or .hdf5 file
-PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::((?:[^{}]|\{[0-9,]+\})+))?\}")  # {column}, or {column:REGEX} in a listing
+TEMPLATE = re.compile(r"\{([^{}]+)\}")  # {column} of a path
 
 # What a column of the table can be. `key` names the image (else `path` does), `visit_date` becomes `visit_day`,
 # `phototype` sets both ends of the range; the others are fields of Sample.
@@ -234,6 +234,7 @@ class SourceCard(BaseModel):
     tabular: tuple[str, ...] = ()  # further columns, kept under their own names
     constants: dict[ConstantField, str | float] = Field(default_factory=dict)
     identifying_columns: tuple[str, ...] = ()  # never stored; their texts are looked for in everything that is
+    text_scan_allow: tuple[str, ...] = ()  # fields whose texts name nobody though the scan thinks so: labels.diagnosis
     patient_aliases: str | None = None  # CSV with patient_id, same_as: one patient written several ways
     corrections: str | None = None  # CSV with key, label, old, new, version: corrected labels, in order of version
     lesion_id_scope: Literal["source", "patient"] = "source"  # patient: lesion 1 of A is not lesion 1 of B
@@ -264,6 +265,12 @@ class SourceCard(BaseModel):
         in_entries = bool(self.images) and all(entry.modality is not None for entry in self.images.values())
         if self.modality is None and not in_column and not in_entries:
             raise ValueError("give either modality (one for all images) or columns.modality (a column)")
+        if strange := [
+            name
+            for name in (self.columns.get(field) for field in ("path", "mask_path"))
+            if name and set(name) & set("{}")
+        ]:
+            raise ValueError(f"the column {strange[0]!r} cannot name files: braces stand for columns; rename it")
         if doubled := set(self.constants) & set(self.columns):
             raise ValueError(f"{', '.join(sorted(doubled))} is given both in constants and in columns; keep one")
         if unused := set(self.values) - set(self.columns):
@@ -271,6 +278,14 @@ class SourceCard(BaseModel):
         if self.slides is not None and self.modality != "histopathology":
             raise ValueError("a card with slides must have modality: histopathology")
         return self
+
+    @property
+    def open_questions(self) -> tuple[str, ...]:
+        """The fields that still say TODO, as `panfm shards draft` leaves them for a person."""
+        texts = {name: value for name, value in self.__dict__.items() if isinstance(value, str)}
+        if self.cohort is not None:
+            texts |= {f"cohort.{name}": value for name, value in self.cohort.__dict__.items() if value is not None}
+        return tuple(name for name, value in texts.items() if value.startswith("TODO"))
 
     @property
     def image_entries(self) -> dict[str, ImageEntry]:
@@ -298,7 +313,7 @@ def load_card(name: str | Path) -> SourceCard:
 
 def find_placeholders(template: str) -> list[str]:
     """The columns that a template names: "{a}/{b}.jpg" -> ["a", "b"]."""
-    return [match[1] for match in PLACEHOLDER.finditer(template)]
+    return TEMPLATE.findall(template)
 
 
 def list_cards() -> dict[str, Path]:

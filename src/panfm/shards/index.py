@@ -27,6 +27,7 @@ from panfm.shards.schema import SAMPLES_SCHEMA, SCHEMA_VERSION
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.parquet"
+PENDING_REMOVAL = ".forget/commit.json"  # there: samples are being removed, and old and new files lie side by side
 MAX_OPEN_FILES = 128  # a process; well below the 1024 that most systems allow
 
 
@@ -75,10 +76,13 @@ class _Descriptor:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """What pretraining must not see: group_ids by source, and the tasks whose test groups these are."""
+    """What pretraining must not see: group_ids by source, and the tasks whose test groups these are; and what an audit
+    lists besides: keys by source, and the hash that names the audit."""
 
     groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
+    keys: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    audit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,24 +149,11 @@ class Places:
 def open_shard_set(path: str | Path) -> ShardSet:
     """Open a finished shard set and check that it is whole.
 
-    Raises UserError: no such folder, no index.json (the build did not complete), another schema version, a
-    samples.parquet that is not the one that the index names, a shard that is missing or of another size.
+    Raises UserError: what `read_index` refuses, a samples.parquet that is not the one that the index names, a shard
+    that is missing or of another size.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; build it with `panfm shards build CARD --root RAW --out {path}`")
-    if not (path / INDEX_FILE).is_file():
-        raise UserError(
-            f"{path}: has no {INDEX_FILE}, so its build did not complete (or it is no shard set); run the same "
-            "`panfm shards build` again, it goes on where it stopped"
-        )
-    index = read_json(path / INDEX_FILE)
-    version = index.get("schema_version") if isinstance(index, dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path / INDEX_FILE}: schema version {version!r}; this panfm reads version {SCHEMA_VERSION}, so build the "
-            "shards again"
-        )
+    index = read_index(path)
     samples = path / SAMPLES_FILE
     if not samples.is_file() or compute_file_sha256(samples) != index["samples_sha256"]:
         raise UserError(
@@ -177,6 +168,35 @@ def open_shard_set(path: str | Path) -> ShardSet:
     card = validate(SourceCard, index["card"], where=str(path / INDEX_FILE))
     table = pq.read_table(samples, schema=SAMPLES_SCHEMA)
     return ShardSet(path, card, index, table, ShardReader(path), _read_places(table))
+
+
+def read_index(path: str | Path) -> dict[str, Any]:
+    """Read the index.json of a finished shard set; nothing else of it is looked at.
+
+    Raises UserError: no such folder, no index.json (the build did not complete), another schema version, a removal of
+    samples that was cut off (`shards.forget`).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; build it with `panfm shards build CARD --root RAW --out {path}`")
+    if not (path / INDEX_FILE).is_file():
+        raise UserError(
+            f"{path}: has no {INDEX_FILE}, so its build did not complete (or it is no shard set); run the same "
+            "`panfm shards build` again, it goes on where it stopped"
+        )
+    if (path / PENDING_REMOVAL).is_file():
+        raise UserError(
+            f"{path}: samples were being removed from it when that was cut off; complete it with "
+            f"`panfm shards forget {path} --finish`"
+        )
+    index = read_json(path / INDEX_FILE)
+    version = index.get("schema_version") if isinstance(index, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path / INDEX_FILE}: schema version {version!r}; this panfm reads version {SCHEMA_VERSION}, so build the "
+            "shards again"
+        )
+    return index  # type: ignore[no-any-return]
 
 
 def _read_places(table: pa.Table) -> Places:

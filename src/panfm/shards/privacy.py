@@ -13,19 +13,23 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import simplejpeg
 from PIL import ExifTags, Image, ImageCms
 
 from panfm.errors import UserError
+from panfm.shards.dicom import is_dicom, unwrap_dicom
+from panfm.shards.pixels import Pixels, ShrunkJpeg, compute_size, encode_jpeg, resize, shrink_jpeg, turn_upright
 from panfm.shards.quality import decode_image
+from panfm.shards.text_patterns import find_patterns
 
 IdKind = Literal["patient", "lesion", "slide", "sample"]
 ID_PREFIX: dict[IdKind, str] = {"patient": "p", "lesion": "l", "slide": "s", "sample": "k"}
-JPEG_QUALITY = 95
 LOSSLESS_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
 
 
@@ -101,6 +105,8 @@ def _check_outside(path: Path, shard_folder: Path) -> Path:
 def pseudonymise(key: PseudonymKey, namespace: str, kind: IdKind, raw_id: str) -> str:
     """Hash a raw id: HMAC-SHA256 under the key, 64 bits of it, with a letter for its kind.
 
+    The answer is pseudonymous, not anonymous: whoever has the key can hash a list of known ids and compare.
+
     The same (key, namespace, kind, raw id) gives the same hash everywhere; ids of different kinds never meet.
     """
     message = "\0".join((namespace, kind, raw_id)).encode()
@@ -112,59 +118,97 @@ def pseudonymise(key: PseudonymKey, namespace: str, kind: IdKind, raw_id: str) -
 
 @dataclass(frozen=True)
 class CleanImage:
-    """An image as a shard stores it. `image` holds the pixels that were checked, for hashing and masks."""
+    """An image as a shard stores it. `pixels` (uint8 [H, W] or [H, W, 3]) are those that were encoded."""
 
     data: bytes
     extension: Literal["jpg", "png"]
-    image: Image.Image
-    width: int
-    height: int
+    pixels: Pixels
     original_width: int  # upright, before shrinking
     original_height: int
     device: str | None  # camera make and model, the one thing that is read before EXIF goes
 
+    @property
+    def width(self) -> int:
+        """Stored pixels a row."""
+        return int(self.pixels.shape[1])
+
+    @property
+    def height(self) -> int:
+        """Stored rows."""
+        return int(self.pixels.shape[0])
+
+    @property
+    def image(self) -> Image.Image:
+        """The same pixels as a Pillow image."""
+        return Image.fromarray(self.pixels)
+
 
 def clean_image(data: bytes, *, min_side: int = 1, short_side: int | None = None) -> CleanImage:
     """Strip an image file of everything but its pixels, and shrink it where its short side exceeds `short_side`.
+
+    A DICOM photograph is taken out of its file first (see dicom.unwrap_dicom).
 
     EXIF orientation is applied, colours are converted from an embedded profile to sRGB, transparency is laid on
     white, 16 bits become 8. A JPEG that needs none of this keeps its own compressed data, bit for bit; other lossless
     files become PNG; whatever had to be changed and was photographic becomes a JPEG of quality 95 without chroma
     subsampling.
 
-    Raises RejectedImageError (see quality.decode_image).
+    Raises RejectedImageError (see quality.decode_image and dicom.unwrap_dicom).
     """
+    if is_dicom(data):
+        dicom = unwrap_dicom(data)
+        clean = clean_image(dicom.data, min_side=min_side, short_side=short_side)
+        return replace(clean, device=name_device(dicom.make, dicom.model))
+    shrunk = None if short_side is None else shrink_jpeg(data, short_side)
+    if shrunk is not None and min(shrunk.header.size) >= min_side:
+        return _clean_shrunk(shrunk)
     image, width, height = decode_image(data, min_side=min_side, short_side=short_side)
     source_format, device, orientation = image.format, *_read_exif(image)
     upright = _convert_to_srgb(image)
-    if orientation in TRANSPOSITIONS:
-        upright = upright.transpose(TRANSPOSITIONS[orientation])
+    if short_side is not None and min(width, height) > short_side:
+        fraction = round(max(width, height) / max(image.size))  # of its sides at which a JPEG was decoded
+        size, extent = compute_size(width, height, short_side), (width / fraction, height / fraction)
+        upright = Image.fromarray(resize(np.asarray(upright), size, extent))
+    if 2 <= orientation <= 8:
+        upright = Image.fromarray(turn_upright(np.asarray(upright), orientation))
         if orientation >= 5:
             width, height = height, width
-    if short_side is not None and min(width, height) > short_side:
-        scale = short_side / min(width, height)
-        size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
-        upright = upright.resize(size, Image.Resampling.LANCZOS)
     stored: bytes | None = None
     extension: Literal["jpg", "png"] = "jpg"
-    if upright is image and source_format == "JPEG":
+    if upright is image and source_format in ("JPEG", "MPO"):  # MPO: a second photograph stands behind the first
         stored = strip_jpeg(data)
+        if stored is not None and not _is_only_pixels(stored):
+            stored = None
     if stored is None and source_format in LOSSLESS_FORMATS and upright.size == (width, height):
         stored, extension = encode_image(upright, "png"), "png"
     if stored is None:
         stored = encode_image(upright, "jpg")
-    return CleanImage(stored, extension, upright, upright.width, upright.height, width, height, device)
+    return CleanImage(stored, extension, np.asarray(upright), width, height, device)
+
+
+def _clean_shrunk(shrunk: ShrunkJpeg) -> CleanImage:
+    """The way of most photographs: a JPEG that came out of its decoder at the stored size already."""
+    device, orientation = _read_exif(shrunk.header)
+    width, height = shrunk.header.size
+    pixels = shrunk.pixels
+    if profile := shrunk.header.info.get("icc_profile"):
+        converted = _apply_profile(Image.fromarray(pixels), profile)
+        pixels = pixels if converted is None else np.asarray(converted)
+    if 2 <= orientation <= 8:
+        pixels = turn_upright(pixels, orientation)
+        if orientation >= 5:
+            width, height = height, width
+    return CleanImage(encode_jpeg(pixels), "jpg", pixels, width, height, device)
 
 
 def encode_image(image: Image.Image, extension: Literal["jpg", "png"]) -> bytes:
     """Encode pixels alone: PNG without loss, or JPEG of quality 95 at full chroma resolution."""
+    if extension == "jpg":
+        return encode_jpeg(np.asarray(image))
     bare = image.copy()
-    bare.info = {}  # Pillow's writers would carry comments, profiles and text from here into the file
+    bare.info = {}  # Pillow's writer would carry comments, profiles and text from here into the file
     buffer = io.BytesIO()
-    if extension == "png":
-        bare.save(buffer, "PNG")
-    else:
-        bare.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    bare.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -188,6 +232,18 @@ def strip_jpeg(data: bytes) -> bytes | None:
     if len(parts) < 4:
         return None
     return b"".join(parts) + b"\xff\xd9"
+
+
+def _is_only_pixels(jpeg: bytes) -> bool:
+    """Whether a decoder needs all of the compressed data: text can hide behind the last pixel, before the end marker.
+
+    libjpeg counts what it has left over there; up to 8 bytes it may have fetched ahead without noticing.
+    """
+    try:
+        simplejpeg.decode_jpeg(jpeg)
+    except ValueError:  # its warnings
+        return False
+    return True
 
 
 # Frames (SOF, without DHT, JPG and DAC, which share their range), tables, restart interval, scan, number of lines.
@@ -229,17 +285,6 @@ def _iterate_segments(data: bytes) -> Iterator[tuple[int | None, bytes, bytes]]:
         yield marker, payload, scan
 
 
-TRANSPOSITIONS: dict[int, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
 def _read_exif(image: Image.Image) -> tuple[str | None, int]:
     """Camera make and model, and the orientation, from EXIF; damaged EXIF counts as none."""
     if not any(name in image.info for name in ("exif", "Raw profile type exif", "xmp")) and image.format != "TIFF":
@@ -250,9 +295,22 @@ def _read_exif(image: Image.Image) -> tuple[str | None, int]:
         orientation = exif.get(ExifTags.Base.Orientation, 1)
     except Exception:  # any: Pillow's EXIF parser raises what damaged bytes make it raise, and EXIF is optional
         return None, 1
-    words = [_plain_words(value) for value in named if isinstance(value, str)]
-    device = " ".join(word for word in words if word) or None
+    device = name_device(*(value for value in named if isinstance(value, str)))
     return device, orientation if isinstance(orientation, int) else 1
+
+
+def name_device(*texts: str | None) -> str | None:
+    """Make and model of a camera in plain words, at most 40 characters each; None where nothing may be kept.
+
+    Dropped as a whole if it holds what identifies: a name with its title or as an owner ("Anna's iPhone"), a date, an
+    address, or six digits on end, which no model has and serial numbers do. TextScanner.clean_device compares it with
+    the ids and names of its row besides.
+    """
+    known = [text for text in texts if text]
+    if any(find_patterns(" ".join(known))):
+        return None
+    words = [_plain_words(text) for text in known]
+    return " ".join(word for word in words if word) or None
 
 
 def _plain_words(text: str) -> str:
@@ -278,15 +336,24 @@ def _convert_to_srgb(image: Image.Image) -> Image.Image:
 
 def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
     """Convert from an embedded colour profile to sRGB; None where there is nothing to convert."""
+    transform = _build_transform(profile, image.mode)
+    if transform is None:
+        return None
+    try:
+        return ImageCms.applyTransform(image, transform)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=32)  # a camera writes the same profile into all its images, and building takes longer than using
+def _build_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source) and image.mode == "RGB":
+        if "sRGB" in ImageCms.getProfileDescription(source) and mode == "RGB":
             return None
-        target = ImageCms.createProfile("sRGB")
-        result = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None  # a damaged profile, or one for another colour space: viewers ignore those too
-    return result
 
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:

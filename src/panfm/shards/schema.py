@@ -15,6 +15,7 @@ SCHEMA_VERSION: Literal[1] = 1
 Modality = Literal["clinical", "dermoscopic", "total_body", "histopathology"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 Confirmation = Literal["histopathology", "follow_up", "consensus", "confocal", "single_expert"]
+Colour = Literal["srgb", "converted", "untagged", "unconvertible"]
 Phototype = Annotated[int, Field(ge=1, le=6)]
 Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\-]+$", max_length=128)]
 
@@ -57,13 +58,14 @@ class Sample(BaseModel):
     y0: int | None = None
     level: int | None = None
     tissue_fraction: float | None = None
+    colour: Colour | None = None  # of a tile: how its ICC profile was treated
     width: int  # stored pixels
     height: int
     original_width: int
     original_height: int
     sha256: str  # of the stored image bytes
     source_sha256: str  # of the file that it came from
-    phash: str | None = None  # 64-bit perceptual hash, hexadecimal
+    phash: str | None = None  # 256-bit perceptual hash, hexadecimal; null: too little contrast to recognise
 
 
 _TEXT = pa.string()
@@ -102,6 +104,7 @@ SAMPLES_SCHEMA = pa.schema(
         pa.field("y0", pa.int32()),
         pa.field("level", pa.int8()),
         pa.field("tissue_fraction", pa.float32()),
+        pa.field("colour", _TEXT),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("original_width", pa.int32(), nullable=False),

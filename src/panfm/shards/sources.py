@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from panfm.errors import UserError
 from panfm.shards.amendments import Amendments, read_amendments
-from panfm.shards.cards import MEMBER_MARK, PLACEHOLDER, SourceCard
+from panfm.shards.cards import MEMBER_MARK, TEMPLATE, SourceCard
 from panfm.shards.cells import PARSERS, PASSED_ON, Cells, ColumnType
 from panfm.shards.raw_files import FileFinder
 from panfm.shards.records import Record, RecordBuilder, RecordTable
@@ -173,7 +173,7 @@ def _read_images(
         )
     if not images:
         columns = sorted(
-            {match[1] for entry in entries.values() for text in entry.path for match in PLACEHOLDER.finditer(text)}
+            {match[1] for entry in entries.values() for text in entry.path for match in TEMPLATE.finditer(text)}
         )
         cells.fail(", ".join(columns), "", "every row must name an image file; complete or delete the row")
     return images
@@ -189,19 +189,17 @@ def _find_file(
     """
     first: tuple[str, str | None] | None = None
     for template in templates:
-        cells_of = [cells.row.get(match[1], "") for match in PLACEHOLDER.finditer(template)]
+        cells_of = [cells.row.get(match[1], "") for match in TEMPLATE.finditer(template)]
         if any(cell == "" or cell in cells.card.missing for cell in cells_of):
             continue
-        text = PLACEHOLDER.sub(lambda match: cells.row[match[1]], template).replace(
-            "\\", "/"
-        )  # as Windows writes paths
+        text = TEMPLATE.sub(lambda match: cells.row[match[1]], template).replace("\\", "/")  # as Windows writes paths
         path, _, member = text.partition(MEMBER_MARK)
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or (len(path) > 1 and path[1] == ":"):
-            column = next((match[1] for match in PLACEHOLDER.finditer(template)), f"images.{name}")
+            column = next((match[1] for match in TEMPLATE.finditer(template)), f"images.{name}")
             cells.fail(column, text, "paths must lie below --root and be relative to it")
         found = (pure.as_posix(), member or None)
-        named_outright = PLACEHOLDER.fullmatch(template) is not None
+        named_outright = TEMPLATE.fullmatch(template) is not None
         if len(templates) == 1 and (required or named_outright):
             return found  # whether it exists is found out when it is read
         if finder.has(*found):

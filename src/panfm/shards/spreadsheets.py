@@ -46,7 +46,9 @@ class Dialect(BaseModel):
     @classmethod
     def _check_encoding(cls, encoding: str) -> str:
         try:
-            b"".decode(encoding)
+            b"ab".decode(encoding)  # not b"": that is decoded without a look at the name
+        except UnicodeError:
+            pass  # fewer bytes than one sign has
         except LookupError:  # an unknown name, or a codec that does not make text
             raise ValueError("no such text encoding; Excel writes utf-8-sig, cp1252 or utf-16") from None
         return encoding
@@ -62,10 +64,11 @@ class Dialect(BaseModel):
 def read_spreadsheet(
     path: Path, dialect: Dialect | None = None
 ) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
-    """Read the header of a table at once; its rows follow as (line, {column: text}), one at a time, empty ones left out.
+    """Read the header of a table at once; its rows follow as (line, {column: text}), one at a time.
 
-    Texts are stripped of the blanks around them; a column without a name is called "column 3" after its place. Lines
-    count from 1 with the header: lines of a text file, rows of a sheet. In .json and .parquet the first row is 1.
+    Empty rows are left out. Texts are stripped of the blanks around them; a column without a name is called "column 3"
+    after its place. Lines count from 1 with the header: lines of a text file, rows of a sheet. In .json and .parquet
+    the first row is 1.
 
     Raises UserError for a missing or unreadable file, a kind of file that is no table, an unknown sheet, no header, two
     columns of one name; and, as rows are read, for a row that does not fit the header.
@@ -315,6 +318,8 @@ def _show_value(value: Any) -> str:
 
 def _show_cell(value: Any, number_format: str | None) -> str:
     """As _show_value; a whole number also gets the leading zeros and signs that its Excel format shows."""
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.15g}"  # all that Excel keeps and shows: 0.3, not 0.30000000000000004
     text = _show_value(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and text.isascii() and text.isdigit():
         parts = _parse_format(number_format or "General")

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from panfm.errors import UserError
-from panfm.shards.cards import PLACEHOLDER, Derived, Join, SourceCard, find_placeholders
+from panfm.shards.cards import TEMPLATE, Derived, Join, SourceCard, find_placeholders
 from panfm.shards.spreadsheets import Dialect, read_spreadsheet
 
+PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::((?:[^{}]|\{[0-9,]+\})+))?\}")  # {column} or {column:REGEX} of a listing
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".dcm")
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".svslide")
 IMAGE_SUFFIXES = frozenset((*PHOTOGRAPHS, *SLIDES))
@@ -179,7 +180,7 @@ def _add_partner(card: SourceCard, join: Join, partners: dict[tuple[str, ...], R
 
 def _derive(column: str, origin: Derived, row: Row, where: str) -> str:
     if origin.template is not None:
-        return PLACEHOLDER.sub(lambda match: row[match[1]], origin.template)
+        return TEMPLATE.sub(lambda match: row[match[1]], origin.template)
     assert origin.column is not None and origin.pattern is not None
     cell = row[origin.column]
     if cell == "":

@@ -1,61 +1,51 @@
 """From Records to a finished shard set: plan, then one task a shard, then the index last.
 
-    card + ROOT -> Records -> (slides: tiles) -> seeded shuffle -> ShardTasks           the plan, a pure function
-    ShardTask   -> shard-000007.tar, then .build/shard-000007.parquet                   one task of the executor each
-    all done    -> samples.parquet -> quarantine.csv -> index.json -> .build removed    in this order
+    card + ROOT -> Records -> plan_build -> BuildPlan                                   a pure function, arrays only
+    make_task(n) -> shard-000007.tar, then .build/shard-000007.parquet                  one task of the executor each
+    all done    -> samples.parquet -> quarantine.csv -> index.json -> .build removed    in this order, shard by shard
 
-A shard's rows in `.build` are written after its tar and carry the plan's hash: a build that was killed redoes only the
-shards without them, and ends with the same bytes. No file name, raw id or date of the archive enters the output.
+A shard's rows in `.build` are written after its tar and carry the hash of its task: a build that was killed redoes only
+the shards without them, and ends with the same bytes. No file name, raw id or date of the archive enters the output.
 """
 
+import codecs
 import csv
-import hmac
-import io
-import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import panfm
 from panfm.errors import UserError
 from panfm.executor import run_tasks
-from panfm.files import compute_file_sha256, open_atomic, read_json, write_bytes, write_json
+from panfm.files import compute_file_sha256, open_atomic, read_json, write_json
 from panfm.shards.cards import SourceCard
 from panfm.shards.index import INDEX_FILE, SAMPLES_FILE, open_shard_set
-from panfm.shards.packing import (
-    BUILD_FOLDER,
-    BuildOptions,
-    FinishedShard,
-    Reason,
-    ShardTask,
-    Slide,
-    Unit,
-    read_finished,
-    write_shard,
+from panfm.shards.packing import BUILD_FOLDER, BuildOptions, FinishedShard, write_shard
+from panfm.shards.planning import (
+    BuildPlan,
+    Rejection,
+    compute_plan_hash,
+    get_plan_options,
+    make_slide_tasks,
+    plan_build,
 )
-from panfm.shards.privacy import PUBLIC_KEY, PseudonymKey, create_key, load_key, pseudonymise
+from panfm.shards.privacy import PUBLIC_KEY, PseudonymKey, create_key, load_key
 from panfm.shards.schema import SAMPLES_SCHEMA, SCHEMA_VERSION
-from panfm.shards.sources import Record, compare_with_expected, read_records
-from panfm.shards.wsi import SlideError, TilePlace, plan_tiles
+from panfm.shards.slide_plans import OVERLAY_FOLDER, add_unreadable
+from panfm.shards.sources import compare_with_expected, read_records
 
-PLAN_VERSION = 1  # raise it when the same inputs would give other bytes
+__all__ = ["BuildOptions", "BuildReport", "Rejection", "build_shards"]
+
 QUARANTINE_FILE = "quarantine.csv"
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A file, or `num` regions of a slide, left out. `path` and `detail` are for who builds; they are never written."""
-
-    key: str
-    path: Path
-    reason: Reason
-    num: int = 1
-    detail: str = ""
+# What else a finished set may hold, written by other commands; a build leaves it alone.
+COMPANIONS = ("datasheet.md", "croissant.json", "review", "forgotten.json")
+MAX_REPORTED = 1000  # rejections that a report names; quarantine.csv has all
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class BuildReport:
     num_shards: int
     num_shards_reused: int  # finished by an earlier, interrupted run
     already_complete: bool
-    rejected: tuple[Rejection, ...]  # empty where already_complete; the counts stand in index.json
+    rejected: tuple[Rejection, ...]  # the first 1,000; empty where already_complete
     num_rejected: dict[str, int]  # reason -> number
     differences: tuple[str, ...]  # between the card's expected counts and the table's
 
@@ -94,106 +84,54 @@ def build_shards(card: SourceCard, root: Path, out: Path, *, options: BuildOptio
     in it the folder is never taken for a shard set.
     """
     root, out = Path(root), Path(out)
-    if "research" not in card.permitted_uses:
+    if options.use not in card.permitted_uses:
         raise UserError(
-            f"card {card.name}: permitted_uses ({', '.join(card.permitted_uses)}) does not include research, which "
-            "pretraining and evaluation are; leave the source out, or correct the card if its licence allows it"
+            f"card {card.name}: permitted_uses ({', '.join(card.permitted_uses)}) does not include {options.use}, "
+            "which these shards are for; leave the source out, or correct the card if its licence allows it"
         )
+    if options.executor == "dask":  # its workers have folders of their own
+        root, out = root.absolute(), out.absolute()
+        options = replace(options, key_file=options.key_file and options.key_file.absolute())
     key = _get_key(card, out, options)
     records = read_records(card, root)
     differences = compare_with_expected(card, records)
-    plan_hash = _compute_plan_hash(card, records, root, options, key)
+    plan_hash = compute_plan_hash(card, records, root, options, key)
     if (out / INDEX_FILE).exists():
         return _report_complete(card, out, plan_hash, differences)
     _prepare_folder(out)
 
-    # ---- plan: what goes into which shard
-    slides, rejected = _plan_slides(card, records, options, key)
-    units = _plan_units(card, records, slides, key)
-    order = np.random.default_rng(options.seed).permutation(len(units))
-    num_shards = -(-len(units) // options.samples_per_shard)
-    tasks = [
-        ShardTask(
-            number=number,
-            out=out,
-            card=card,
-            options=options,
-            key=key,
-            plan_hash=plan_hash,
-            units=tuple(units[place] for place in order[number::num_shards]),
-        )
-        for number in range(num_shards)
-    ]
+    # ---- plan and write: one task a shard, those that an earlier run finished left alone
+    num_reused = None
+    while True:
+        plan = plan_build(card, records, out, options, key, plan_hash)
+        reused = _write_missing(plan)
+        num_reused = reused if num_reused is None else num_reused
+        if not _find_bad_slides(plan, key):
+            break  # else a slide is out that planning had in: the others are arranged anew
 
-    # ---- write: one task a shard, those that an earlier run finished left alone
-    todo = [task for task in tasks if read_finished(task) is None]
-    run_tasks(
-        write_shard,
-        todo,
-        description=f"shards of {card.name}",
-        processes=options.processes,
-        unit="images",
-        size=lambda task: len(task.units),
-    )
-
-    # ---- close: rows, quarantine, and the index last
-    finished = []
-    for task in tasks:
-        shard = read_finished(task)
-        assert shard is not None, f"{task.tar_path} was not written"
-        finished.append(shard)
-        paths = {unit.key: unit.record.path for unit in task.units}
-        rejected += [Rejection(bad, paths[bad], reason) for bad, reason in shard.rejected]
-    num_regions = sum(len(places) + slide.num_unmasked for slide, places in slides)
-    _check_rejected(card, rejected, options, num_files=len(records), num_regions=num_regions)
-    finished = [shard for shard in finished if shard.rows.num_rows]
-    for path in set(out.glob("shard-*.tar")) - {out / shard.name for shard in finished}:
+    # ---- close: counts first, then rows, quarantine, and the index last
+    counts = _count_all(plan)
+    _check_rejected(plan, counts)
+    kept = [number for number, num_rows in enumerate(counts.num_rows) if num_rows]
+    for path in (set(out.glob("shard-*.tar")) | set(out.glob(f"{OVERLAY_FOLDER}/*.png"))) - _list_results(
+        plan, key, kept
+    ):
         path.unlink()  # empty, or left by an interrupted build of another plan
-    _write_samples(out / SAMPLES_FILE, finished)
-    _write_quarantine(out / QUARANTINE_FILE, rejected)
-    num_rejected = _count_rejected(rejected)
-    num_samples = sum(shard.rows.num_rows for shard in finished)
-    write_json(
-        out / INDEX_FILE,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "code_version": panfm.__version__,
-            "source": card.name,
-            "card": card.model_dump(mode="json"),
-            "options": _get_plan_options(options),
-            "identifiers": {"kind": key.kind, "key_fingerprint": key.fingerprint},
-            "plan_hash": plan_hash,
-            "num_samples": num_samples,
-            "num_rejected": num_rejected,
-            "num_modalities": _count(finished, "modality"),
-            "num_labels": _count_labels(finished),
-            "samples_sha256": compute_file_sha256(out / SAMPLES_FILE),
-            "shards": [
-                {
-                    "name": shard.name,
-                    "num_bytes": shard.num_bytes,
-                    "num_samples": shard.rows.num_rows,
-                    "sha256": shard.sha256,
-                }
-                for shard in finished
-            ],
-        },
-    )
+    _write_samples(plan, kept, counts)
+    _write_quarantine(plan)
+    write_json(out / INDEX_FILE, _make_index(plan, key, kept, counts))
     _remove_build_folder(out)
     return BuildReport(
         path=out,
         source=card.name,
-        num_samples=num_samples,
-        num_shards=len(finished),
-        num_shards_reused=len(tasks) - len(todo),
+        num_samples=sum(counts.num_rows),
+        num_shards=len(kept),
+        num_shards_reused=num_reused,
         already_complete=False,
-        rejected=tuple(rejected),
-        num_rejected=num_rejected,
+        rejected=counts.first_rejected,
+        num_rejected=dict(sorted(counts.rejected.items())),
         differences=differences,
     )
-
-
-# ------------------------------------------------------------------------------------------------ the plan
 
 
 def _get_key(card: SourceCard, out: Path, options: BuildOptions) -> PseudonymKey:
@@ -213,36 +151,9 @@ def _get_key(card: SourceCard, out: Path, options: BuildOptions) -> PseudonymKey
     return read(options.key_file, shard_folder=out)
 
 
-def _get_plan_options(options: BuildOptions) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("seed", "samples_per_shard", "short_side", "min_side")}
-
-
-def _compute_plan_hash(
-    card: SourceCard, records: Sequence[Record], root: Path, options: BuildOptions, key: PseudonymKey
-) -> str:
-    """Hash everything that decides the bytes. Files count by path and size: reading them is the build itself.
-
-    Keyed, because the hash of a small table could be guessed at.
-    """
-    header = [PLAN_VERSION, SCHEMA_VERSION, card.model_dump(mode="json"), _get_plan_options(options), key.fingerprint]
-    digest = hmac.new(key.secret, json.dumps(header, sort_keys=True).encode(), "sha256")
-    for record in records:
-        files = [(str(path.relative_to(root)), _get_size(path)) for path in (record.path, record.mask_path) if path]
-        facts = {name: value for name, value in vars(record).items() if name not in ("path", "mask_path", "line")}
-        digest.update(json.dumps([files, facts], sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _get_size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
 def _prepare_folder(out: Path) -> None:
     """Make the folder; refuse one with foreign files; remove what an interrupted run left half-written."""
-    ours = (BUILD_FOLDER, "shard-", SAMPLES_FILE, QUARANTINE_FILE, INDEX_FILE)
+    ours = (BUILD_FOLDER, "shard-", SAMPLES_FILE, QUARANTINE_FILE, INDEX_FILE, OVERLAY_FOLDER, *COMPANIONS)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give --out a folder")
     for path in out.iterdir() if out.is_dir() else ():
@@ -251,8 +162,9 @@ def _prepare_folder(out: Path) -> None:
                 f"{out}: holds {path.name}, which is no part of a shard set; give --out an empty or new folder"
             )
     (out / BUILD_FOLDER).mkdir(parents=True, exist_ok=True)
-    for path in [*out.glob("*.tmp-*"), *(out / BUILD_FOLDER).glob("*.tmp-*")]:
-        path.unlink()
+    for folder in (out, out / BUILD_FOLDER, out / OVERLAY_FOLDER):
+        for path in folder.glob("*.tmp-*"):
+            path.unlink()
 
 
 def _report_complete(card: SourceCard, out: Path, plan_hash: str, differences: tuple[str, ...]) -> BuildReport:
@@ -277,122 +189,163 @@ def _report_complete(card: SourceCard, out: Path, plan_hash: str, differences: t
     )
 
 
-def _plan_slides(
-    card: SourceCard, records: Sequence[Record], options: BuildOptions, key: PseudonymKey
-) -> tuple[list[tuple[Slide, tuple[TilePlace, ...]]], list[Rejection]]:
-    """Find the tissue tiles of every slide; a slide that cannot be read is a rejection."""
-    if card.slides is None:
-        return [], []
-    answers = run_tasks(
-        _plan_slide,
-        [(record, card) for record in records],
-        description=f"tissue of {card.name}",
-        processes=options.processes,
-        unit="slides",
+def _write_missing(plan: BuildPlan) -> int:
+    """Write the shards that are not finished yet; the number of those that were."""
+    todo = [number for number in range(plan.num_shards) if plan.read_finished(number) is None]
+    run_tasks(
+        write_shard,
+        (plan.make_task(number) for number in todo),
+        description=f"shards of {plan.card.name}",
+        processes=plan.options.processes,
+        unit="images",
+        size=lambda task: len(task.units),
+        total=plan.num_units,
+        done=plan.num_units - sum(map(plan.count_units, todo)),
+        executor=plan.options.executor,
+        scheduler=plan.options.scheduler,
     )
-    slides: list[tuple[Slide, tuple[TilePlace, ...]]] = []
-    rejected: list[Rejection] = []
-    for record, answer in zip(records, answers, strict=True):
-        hashed = pseudonymise(key, card.namespace, "slide", record.slide_id or record.raw_id)
-        if isinstance(answer, Slide):
-            places = answer.plan.places
-            if answer.num_unmasked:
-                rejected.append(Rejection(hashed, record.path, "unreadable_region", answer.num_unmasked))
-            if not places:
-                rejected.append(Rejection(hashed, record.path, "no_tissue"))
-            slides.append((replace(answer, plan=replace(answer.plan, places=())), places))
-        else:
-            rejected.append(Rejection(hashed, record.path, answer[0], detail=answer[1]))
-    return slides, rejected
+    return plan.num_shards - len(todo)
 
 
-def _plan_slide(task: tuple[Record, SourceCard]) -> Slide | tuple[Reason, str]:
-    record, card = task
-    assert card.slides is not None
-    if not record.path.is_file():
-        return "missing_file", f"{record.path}: no such file"
-    try:
-        plan = plan_tiles(record.path, card.slides)
-    except SlideError as error:
-        return error.reason, str(error)
-    return Slide(record, plan, plan.num_unmasked, compute_file_sha256(record.path))
+def _get_finished(plan: BuildPlan, number: int) -> FinishedShard:
+    shard = plan.read_finished(number)
+    assert shard is not None, f"shard {number} was not written"
+    return shard
 
 
-def _plan_units(
-    card: SourceCard,
-    records: Sequence[Record],
-    slides: Sequence[tuple[Slide, tuple[TilePlace, ...]]],
-    key: PseudonymKey,
-) -> list[Unit]:
-    def hashed(raw_id: str) -> str:
-        return pseudonymise(key, card.namespace, "sample", raw_id)
+def _list_results(plan: BuildPlan, key: PseudonymKey, kept: list[int]) -> set[Path]:
+    """The tars and overlays that belong to the finished set."""
+    overlays: set[Path] = set()
+    if plan.slides is not None:
+        tasks = make_slide_tasks(plan.card, plan.records, plan.out, key, plan.hash)
+        overlays = {task.overlay_path for task in tasks}
+    return {_get_finished(plan, number).tar_path for number in kept} | overlays
 
-    if card.slides is None:
-        return [Unit(hashed(record.raw_id), record) for record in records]
-    return [
-        Unit(hashed(f"{slide.record.raw_id}@{place.x0},{place.y0}"), slide.record, slide, place)
-        for slide, places in slides
-        for place in places
-    ]
+
+def _find_bad_slides(plan: BuildPlan, key: PseudonymKey) -> bool:
+    """Enter damage that only reading all tiles showed into the slides' plans; whether one must go as a whole."""
+    if plan.slides is None:
+        return False
+    lost: dict[int, list[tuple[int, int]]] = {}
+    for number in range(plan.num_shards):
+        for place, _, reason in _get_finished(plan, number).rejected:
+            if reason == "unreadable_region":
+                unit = plan.order[plan.starts[number] + place]
+                tile = (int(plan.slides.x0[unit]), int(plan.slides.y0[unit]))
+                lost.setdefault(int(plan.record[unit]), []).append(tile)
+    if not lost:
+        return False
+    tasks = make_slide_tasks(plan.card, plan.records, plan.out, key, plan.hash)
+    errors = [add_unreadable(task, lost[number]) for number, task in enumerate(tasks) if number in lost]
+    return any(error is not None for error in errors)
 
 
 # ------------------------------------------------------------------------------------------------ the end
 
 
-def _check_rejected(
-    card: SourceCard, rejected: Sequence[Rejection], options: BuildOptions, *, num_files: int, num_regions: int
-) -> None:
+@dataclass
+class _Counts:
+    """What the finished shards add up to."""
+
+    num_rows: list[int] = field(default_factory=list)  # of each shard as planned
+    rejected: Counter[str] = field(default_factory=Counter)  # by reason; files and regions
+    num_files_rejected: int = 0
+    first_rejected: tuple[Rejection, ...] = ()
+    text_scan: Counter[str] = field(default_factory=Counter)
+    modalities: Counter[str] = field(default_factory=Counter)
+    labels: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+def _count_all(plan: BuildPlan) -> _Counts:
+    """Count what the shards say of themselves; their rows are not read."""
+    counts = _Counts(text_scan=Counter(plan.text_scan))
+    for rejection in _iterate_rejections(plan):
+        counts.rejected[rejection.reason] += rejection.num
+        counts.num_files_rejected += rejection.reason != "unreadable_region"
+    for number in range(plan.num_shards):
+        shard = _get_finished(plan, number)
+        counts.num_rows.append(shard.num_rows)
+        counts.text_scan.update(shard.text_scan)
+    counts.first_rejected = tuple(islice(_iterate_rejections(plan), MAX_REPORTED))
+    return counts
+
+
+def _iterate_rejections(plan: BuildPlan) -> Iterator[Rejection]:
+    """What was left out, slides first, then shard by shard."""
+    yield from plan.rejected
+    for number in range(plan.num_shards):
+        for place, key, reason in _get_finished(plan, number).rejected:
+            yield Rejection(key, plan.find_record(number, place).path, reason)
+
+
+def _check_rejected(plan: BuildPlan, counts: _Counts) -> None:
     """Fail the build if too much was left out, or everything: one bad file is to be expected, many are a mistake."""
-    files = [one for one in rejected if one.reason != "unreadable_region"]
-    num_lost = sum(one.num for one in rejected if one.reason == "unreadable_region")
-    shares = [(len(files) / num_files, f"{len(files)} of {num_files} files")]
-    if num_regions:
+    num_files, num_lost = len(plan.records), counts.rejected["unreadable_region"]
+    shares = [(counts.num_files_rejected / num_files, f"{counts.num_files_rejected} of {num_files} files")]
+    if plan.slides is not None and (num_regions := plan.num_units + plan.num_unmasked):
         shares.append((num_lost / num_regions, f"{num_lost} of {num_regions} slide regions"))
     share, counted = max(shares)
-    if share <= options.max_rejected_share and share < 1:
+    if share <= plan.options.max_rejected_share and share < 1:
         return
-    reasons = ", ".join(f"{reason} {num}" for reason, num in _count_rejected(rejected).items())
-    first = rejected[0].detail or f"{rejected[0].path}: {rejected[0].reason}"
+    reasons = ", ".join(f"{reason} {num}" for reason, num in sorted(counts.rejected.items()))
+    first = counts.first_rejected[0]
     raise UserError(
-        f"card {card.name}: {counted} were rejected ({reasons}), more than max_rejected_share "
-        f"({options.max_rejected_share:g}); the first: {first}; "
+        f"card {plan.card.name}: {counted} were rejected ({reasons}), more than max_rejected_share "
+        f"({plan.options.max_rejected_share:g}); the first: {first.detail or f'{first.path}: {first.reason}'}; "
         "repair or remove them, or, if this is what the archive is like, raise max_rejected_share"
     )
 
 
-def _count_rejected(rejected: Sequence[Rejection]) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for rejection in rejected:
-        counts[rejection.reason] += rejection.num
-    return dict(sorted(counts.items()))
-
-
-def _write_samples(path: Path, finished: Sequence[FinishedShard]) -> None:
+def _write_samples(plan: BuildPlan, kept: list[int], counts: _Counts) -> None:
+    """Write the rows of all shards, one shard at a time in memory, and count by modality and label on the way."""
+    path = plan.out / SAMPLES_FILE
     with open_atomic(path) as file, pq.ParquetWriter(file, SAMPLES_SCHEMA, compression="zstd") as writer:
-        for shard in finished:
-            writer.write_table(shard.rows)
+        for number in kept:
+            rows = _get_finished(plan, number).read_rows()
+            writer.write_table(rows)
+            for pair in pc.value_counts(rows["modality"]).to_pylist():
+                counts.modalities[pair["values"]] += pair["counts"]
+            for name, value in chain.from_iterable(rows["labels"].to_pylist()):
+                counts.labels.setdefault(name, Counter())[value] += 1
 
 
-def _write_quarantine(path: Path, rejected: Sequence[Rejection]) -> None:
+def _write_quarantine(plan: BuildPlan) -> None:
     """Write what was left out and why, by hashed key: the names of the files stay with the person who builds."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("key", "reason", "num"))
-    writer.writerows((rejection.key, rejection.reason, rejection.num) for rejection in rejected)
-    write_bytes(path, buffer.getvalue().encode())
+    with open_atomic(plan.out / QUARANTINE_FILE) as file:
+        writer = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
+        writer.writerow(("key", "reason", "num"))
+        writer.writerows((one.key, one.reason, one.num) for one in _iterate_rejections(plan))
 
 
-def _count(finished: Sequence[FinishedShard], column: str) -> dict[str, int]:
-    return dict(sorted(Counter(value for shard in finished for value in shard.rows[column].to_pylist()).items()))
-
-
-def _count_labels(finished: Sequence[FinishedShard]) -> dict[str, dict[str, int]]:
-    counts: dict[str, Counter[str]] = {}
-    for shard in finished:
-        for labels in shard.rows["labels"].to_pylist():
-            for name, value in labels:
-                counts.setdefault(name, Counter())[value] += 1
-    return {name: dict(sorted(values.items())) for name, values in sorted(counts.items())}
+def _make_index(plan: BuildPlan, key: PseudonymKey, kept: list[int], counts: _Counts) -> dict[str, Any]:
+    shards = [_get_finished(plan, number) for number in kept]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "code_version": panfm.__version__,
+        "source": plan.card.name,
+        "card": plan.scanner.clean_card(plan.card),
+        "options": get_plan_options(plan.options),
+        "order": plan.options.order,
+        "use": plan.options.use,
+        "label_version": plan.records.label_version,
+        "identifiers": {"kind": key.kind, "key_fingerprint": key.fingerprint},
+        "plan_hash": plan.hash,
+        "num_samples": sum(counts.num_rows),
+        "num_rejected": dict(sorted(counts.rejected.items())),
+        "num_modalities": dict(sorted(counts.modalities.items())),
+        "num_labels": {name: dict(sorted(values.items())) for name, values in sorted(counts.labels.items())},
+        "text_scan": dict(sorted(counts.text_scan.items())),
+        "samples_sha256": compute_file_sha256(plan.out / SAMPLES_FILE),
+        "shards": [
+            {
+                "name": shard.tar_path.name,
+                "num_bytes": shard.num_bytes,
+                "num_samples": shard.num_rows,
+                "sha256": shard.sha256,
+            }
+            for shard in shards
+        ],
+    }
 
 
 def _remove_build_folder(out: Path) -> None:

@@ -1,38 +1,41 @@
 """First step of the way, for whole-slide images: one slide -> tissue tiles of a physical size at an exact resolution.
 
-    slide file -> stated microns per pixel (or an error) -> tissue mask on a small copy -> SlidePlan of places
-               -> level read by OpenSlide, resampled to exactly `mpp` -> Tile (uint8 [side, side, 3])
+    slide file -> stated microns per pixel (or an error) -> tissue on a small copy -> SlidePlan of places, judged
+               -> level read by OpenSlide, resampled to exactly `mpp`, in sRGB -> Tile (uint8 [side, side, 3])
 
-A slide that says nothing believable about its resolution is refused: nothing is guessed. Regions that cannot be read
-come out as tiles without an image, for the caller to count and leave out; white is never put in their place. Label
-and macro images are never opened: they hold patients' names. Colour is as stored: ICC profiles are not applied.
+A slide that says nothing believable about its resolution is refused: nothing is guessed, and no magnification is
+looked up. Regions that cannot be read come out as tiles without an image, for the caller to count and leave out; white
+is never put in their place. How slides are opened is in wsi_reader.py, what is tissue in wsi_tissue.py, the picture
+that shows a person what was kept in wsi_overlay.py.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import openslide
-from PIL import Image
 from pydantic import Field, model_validator
-from scipy import ndimage
 
 from panfm.config import config_class
-from panfm.errors import UserError
+from panfm.shards.wsi_reader import Colour, OpenedSlide, SlideError, SlideReason, find_slide_file, open_slide
+from panfm.shards.wsi_tissue import TissueMap, compute_tissue, map_tissue
 
-SlideReason = Literal["unreadable_slide", "no_mpp", "implausible_mpp", "too_coarse"]
+__all__ = [
+    "SlideError", "SlidePlan", "SlideReason", "SlideSettings", "Tile", "TilePlace", "compute_tissue", "count_tiles",
+    "is_bad_slide", "judge_plan", "plan_tiles", "plan_tiles_with_map", "read_slide_tiles",
+    "read_tiles",
+]  # fmt: skip
+
 PLAUSIBLE_MPP = (0.1, 4.0)  # finer than any slide scanner, coarser than any scan that shows cells
 LEVEL_TOLERANCE = 0.02  # a pyramid's downsamples are rounded (3.9999, 4.016): a level this close is the level meant
 MASK_MPP = 8.0  # nuclei vanish, strips of epidermis (50-100 um) stay
-MASK_BLOCK = 128  # mask pixels a read: bounds the memory where a slide has no coarse level
-MIN_BRIGHTNESS = 0.2  # darker is the scanner's black fill or a pen, whose saturation is noise
-SATURATION_BOUNDS = (0.04, 0.12)  # Otsu's threshold is held in here: it splits tissue in two where no glass is seen
-MIN_TISSUE_UM2 = 100.0 * 100.0  # smaller islands are dust
-MAX_HOLE_UM2 = 150.0 * 150.0  # smaller holes are vessels and fat, which belong to the tissue
+NUM_PROBES = (8, 64)  # tiles that planning reads to find a damaged slide, at least and at most
+PROBE_SHARE = 1 / 16  # of a slide's tiles; a slide with a tenth of its tiles gone passes 64 probes once in 850 times
+UNSCANNED_TOLERANCE = 0.1  # more of a tile without pixels than the small copy shows as glass: its data are gone
 
 
 @config_class
@@ -45,8 +48,12 @@ class SlideSettings:
     """Microns per pixel of the delivered tiles; 0.5 (20x) shows nuclei and is in nearly every scan."""
     min_tissue: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share of a tile that must be tissue; below it a tile is mostly glass."""
+    reject_pen: bool = True
+    """Red, green and blue ink is not tissue; false for stains of those colours (trichrome, Alcian blue, Giemsa)."""
     fallback_mpp: Annotated[float, Field(ge=PLAUSIBLE_MPP[0], le=PLAUSIBLE_MPP[1])] | None = None
     """Microns per pixel at full resolution of slides that state none or an implausible one; null: refuse them."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """A slide with a larger share of unreadable regions is left out whole: what is left of it is no fair sample."""
 
     @model_validator(mode="after")
     def _check_whole_pixels(self) -> Self:
@@ -64,13 +71,10 @@ class SlideSettings:
         """Side of a delivered tile in pixels."""
         return round(self.tile_um / self.mpp)
 
-
-class SlideError(UserError):
-    """A slide that cannot become tiles: one line for the user, and `reason` for the count of rejected files."""
-
-    def __init__(self, reason: SlideReason, message: str) -> None:
-        super().__init__(message)
-        self.reason: SlideReason = reason
+    @property
+    def mask_mpp(self) -> float:
+        """Microns per pixel of the small copy that tissue is found on: at least 8 x 8 of its pixels a tile."""
+        return min(MASK_MPP, self.tile_um / 8)
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,46 @@ class TilePlace:
 class SlidePlan:
     """What to read from one slide: small and picklable, a pure function of the file and the settings."""
 
-    path: Path
+    path: Path  # what OpenSlide opens: of a DICOM folder, its first file
     slide_mpp: tuple[float, float]  # microns per pixel at level 0, along x and y
     level: int
     settings: SlideSettings
     places: tuple[TilePlace, ...]  # row-major
     num_unmasked: int  # tiles left out because the small copy could not be read there
+    num_grid: int  # tiles that fit on the slide, tissue or not
+    unreadable: tuple[TilePlace, ...]  # those of `places` that planning found to be damaged at full resolution
+    tissue_fraction: float  # of the slide's area
+    pen_fraction: float
+    colour: Colour
+    series: str | None  # equal for every file of one DICOM slide: a table may list them all; None for other formats
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values, to be stored; without the path and the settings, which the card knows."""
+        values = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        damaged = {(place.x0, place.y0) for place in self.unreadable}
+        return values | {
+            "slide_mpp": list(self.slide_mpp),
+            "x0": [place.x0 for place in self.places],
+            "y0": [place.y0 for place in self.places],
+            "tissue": [place.tissue_fraction for place in self.places],
+            "unreadable": [number for number, place in enumerate(self.places) if (place.x0, place.y0) in damaged],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], path: Path, settings: SlideSettings) -> Self:
+        """The plan that `to_json` stored, for the slide at `path` (file or folder); the slide is not planned again."""
+        places = tuple(map(TilePlace, values["x0"], values["y0"], values["tissue"]))
+        return cls(
+            path=find_slide_file(path),
+            slide_mpp=(values["slide_mpp"][0], values["slide_mpp"][1]),
+            settings=settings,
+            places=places,
+            unreadable=tuple(places[number] for number in values["unreadable"]),
+            **{name: values[name] for name in _PLAIN_FIELDS},
+        )
+
+
+_PLAIN_FIELDS = ("level", "num_unmasked", "num_grid", "tissue_fraction", "pen_fraction", "colour", "series")
 
 
 @dataclass(frozen=True)
@@ -104,34 +142,111 @@ class Tile:
     level: int
     mpp: float
     tissue_fraction: float
+    colour: Colour
+
+
+# ------------------------------------------------------------------------------------------------ planning
 
 
 def plan_tiles(path: Path, settings: SlideSettings) -> SlidePlan:
-    """Choose the level and the tissue tiles of a slide.
+    """Choose the level and the tissue tiles of a slide: a file, or a folder with the files of one DICOM slide.
 
     Raises SlideError (a UserError) for a file that OpenSlide cannot open, a missing or implausible resolution, or a
-    scan coarser than `settings.mpp`.
+    scan coarser than `settings.mpp`. A plan may be empty or full of damage: `judge_plan` says so.
     """
-    with _OpenSlide(path) as slide:
-        mpp = _read_mpp(slide, settings)
-        level = _choose_level(slide, max(mpp), settings.mpp)
-        mask, mask_mpp = _compute_tissue_mask(slide, mpp, settings)
-        width, height = slide.level_sizes[0]
+    return plan_tiles_with_map(path, settings)[0]
+
+
+def plan_tiles_with_map(path: Path, settings: SlideSettings) -> tuple[SlidePlan, TissueMap]:
+    """As `plan_tiles`, with the map that the plan was made from, which `draw_overlay` needs again."""
+    slide = open_slide(find_slide_file(path))
+    mpp = read_mpp(slide, settings)
+    level = _choose_level(slide, max(mpp), settings.mpp)
+    tissue_map = map_tissue(slide, mpp, settings.mask_mpp, reject_pen=settings.reject_pen)
+    mask = np.where(tissue_map.readable, tissue_map.tissue, np.nan).astype(np.float32)
+    width, height = slide.level_sizes[0]
     step_x, step_y = settings.tile_um / mpp[0], settings.tile_um / mpp[1]  # level-0 pixels a tile, not whole
-    places, num_unmasked = [], 0
     # 1e-6: a slide that is exactly n tiles wide must not lose the last one to rounding.
-    for row in range(int(height / step_y + 1e-6)):
-        for column in range(int(width / step_x + 1e-6)):
+    rows, columns = int(height / step_y + 1e-6), int(width / step_x + 1e-6)
+    places, num_unmasked = [], 0
+    for row in range(rows):
+        for column in range(columns):
             x0, y0 = round(column * step_x), round(row * step_y)
-            left, top = x0 * mpp[0] / mask_mpp, y0 * mpp[1] / mask_mpp
-            side = settings.tile_um / mask_mpp
+            left, top = x0 * mpp[0] / tissue_map.mpp, y0 * mpp[1] / tissue_map.mpp
+            side = settings.tile_um / tissue_map.mpp
             window = mask[int(top) : math.ceil(top + side), int(left) : math.ceil(left + side)]
             fraction = float(window.mean())
             if math.isnan(fraction):
                 num_unmasked += 1
             elif fraction >= settings.min_tissue:
                 places.append(TilePlace(x0, y0, round(fraction, 4)))
-    return SlidePlan(path, mpp, level, settings, tuple(places), num_unmasked)
+    plan = SlidePlan(
+        path=slide.path,
+        slide_mpp=mpp,
+        level=level,
+        settings=settings,
+        places=tuple(places),
+        num_unmasked=num_unmasked,
+        num_grid=rows * columns,
+        unreadable=(),
+        tissue_fraction=round(float(tissue_map.tissue.mean()), 4),
+        pen_fraction=round(float(tissue_map.pen.mean()), 4),
+        colour=slide.colour,
+        series=slide.series,
+    )
+    return replace(plan, unreadable=_probe(plan)), tissue_map
+
+
+def judge_plan(plan: SlidePlan) -> SlideError | None:
+    """Why a slide gives no tiles, as far as planning can tell; None for a slide that does.
+
+    The slide's share of damage is exact where planning met any, for then it read every tile; damage that 8 to 64 of
+    its tiles, spread over the slide, did not show is left to `is_bad_slide` after all are read.
+    """
+    settings, num_wanted = plan.settings, len(plan.places) + plan.num_unmasked
+    num_unreadable = plan.num_unmasked + len(plan.unreadable)
+    if not plan.num_grid:
+        return SlideError(
+            "too_small",
+            f"{plan.path}: is smaller than one tile of {settings.tile_um:g} um; lower slides.tile_um, or leave it out",
+        )
+    if is_bad_slide(num_unreadable, num_wanted, settings):
+        return SlideError(
+            "bad_slide",
+            f"{plan.path}: {num_unreadable} of {num_wanted} regions cannot be read, more than slides.max_bad_fraction "
+            f"({settings.max_bad_fraction:g}); copy the slide again, or raise it to keep what is left",
+        )
+    if not plan.places:
+        return SlideError(
+            "no_tissue",
+            f"{plan.path}: none of its {plan.num_grid} tiles has slides.min_tissue ({settings.min_tissue:g}): "
+            f"{plan.tissue_fraction:.1%} of the slide is tissue, {plan.pen_fraction:.1%} has the colours of pens "
+            "(slides.reject_pen); look at its overlay",
+        )
+    return None
+
+
+def is_bad_slide(num_unreadable: int, num_wanted: int, settings: SlideSettings) -> bool:
+    """Whether so many of the regions wanted from a slide are unreadable that all of it must be left out."""
+    return num_unreadable > settings.max_bad_fraction * num_wanted
+
+
+def count_tiles(path: Path, settings: SlideSettings) -> int:
+    """Count the tissue tiles of a slide without reading them all at full resolution."""
+    return len(plan_tiles(path, settings).places)
+
+
+def _probe(plan: SlidePlan) -> tuple[TilePlace, ...]:
+    """The unreadable places of a plan: none if some tiles, spread over the slide, can all be read; else looked for."""
+    least, most = NUM_PROBES
+    num = min(len(plan.places), max(least, min(most, round(PROBE_SHARE * len(plan.places)))))
+    chosen = [plan.places[number] for number in np.linspace(0, len(plan.places) - 1, num).round().astype(int)]
+    if all(tile.image is not None for tile in read_tiles(plan, chosen)):
+        return ()
+    return tuple(place for place, tile in zip(plan.places, read_tiles(plan), strict=True) if tile.image is None)
+
+
+# ------------------------------------------------------------------------------------------------ reading
 
 
 def read_tiles(plan: SlidePlan, places: Sequence[TilePlace] | None = None) -> Iterator[Tile]:
@@ -141,84 +256,34 @@ def read_tiles(plan: SlidePlan, places: Sequence[TilePlace] | None = None) -> It
     """
     settings, side = plan.settings, plan.settings.tile_side
     size = (settings.tile_um / plan.slide_mpp[0], settings.tile_um / plan.slide_mpp[1])
-    with _OpenSlide(plan.path) as slide:
-        for place in plan.places if places is None else places:
+    damaged = {(place.x0, place.y0) for place in plan.unreadable}
+    slide = open_slide(plan.path)
+    for place in plan.places if places is None else places:
+        image = None
+        if (place.x0, place.y0) not in damaged:
             picture = slide.read_box(plan.level, (place.x0, place.y0), size, (side, side))
-            image = None if picture is None else np.asarray(picture)
-            yield Tile(image, place.x0, place.y0, plan.level, settings.mpp, place.tissue_fraction)
+            # Stored tiles without data come out transparent: right for glass, never for what is tissue on the copy.
+            if picture and picture.scanned_share >= place.tissue_fraction - UNSCANNED_TOLERANCE:
+                image = np.asarray(picture.image)
+        yield Tile(image, place.x0, place.y0, plan.level, settings.mpp, place.tissue_fraction, plan.colour)
 
 
 def read_slide_tiles(path: Path, settings: SlideSettings) -> Iterator[Tile]:
-    """Plan and read in one go: every tissue tile of a slide, row-major (see `plan_tiles` and `read_tiles`)."""
-    yield from read_tiles(plan_tiles(path, settings))
+    """Plan and read in one go: every tissue tile of a slide, row-major (see `plan_tiles` and `read_tiles`).
+
+    Raises SlideError for a slide that gives none (see `judge_plan`).
+    """
+    plan = plan_tiles(path, settings)
+    if (error := judge_plan(plan)) is not None:
+        raise error
+    yield from read_tiles(plan)
 
 
-def count_tiles(path: Path, settings: SlideSettings) -> int:
-    """Count the tissue tiles of a slide without reading them at full resolution."""
-    return len(plan_tiles(path, settings).places)
+def read_mpp(slide: OpenedSlide, settings: SlideSettings) -> tuple[float, float]:
+    """Microns per pixel of a slide at full resolution, along x and y.
 
-
-class _OpenSlide:
-    """An open slide whose reads give None where it is damaged, and which goes on after that."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.handle = self._open()
-        self.properties = dict(self.handle.properties)
-        self.downsamples: tuple[float, ...] = self.handle.level_downsamples
-        self.level_sizes: tuple[tuple[int, int], ...] = self.handle.level_dimensions
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.handle.close()
-
-    def _open(self) -> openslide.OpenSlide:
-        if not self.path.exists():  # OpenSlide calls it an unsupported format
-            raise SlideError("unreadable_slide", f"{self.path}: no such file; check the source card's table")
-        try:
-            return openslide.OpenSlide(self.path)
-        except openslide.OpenSlideError as error:  # an unsupported format too
-            raise SlideError(
-                "unreadable_slide",
-                f"{self.path}: OpenSlide cannot open it ({error}); check the copy or convert it to a pyramidal TIFF",
-            ) from None
-
-    def read_box(
-        self, level: int, origin: tuple[int, int], size: tuple[float, float], out: tuple[int, int]
-    ) -> Image.Image | None:
-        """Read the box at `origin` of `size` level-0 pixels from `level`, resampled to `out` pixels, RGB on white."""
-        limit = self.level_sizes[level]
-        # Level sizes are rounded, so each axis has its own ratio; OpenSlide turns places into pixels by their mean.
-        ratio = [self.level_sizes[0][axis] / limit[axis] for axis in (0, 1)]
-        start = [origin[axis] / ratio[axis] for axis in (0, 1)]  # the box in pixels of the level
-        end = [min((origin[axis] + size[axis]) / ratio[axis], limit[axis]) for axis in (0, 1)]
-        # The resampling filter looks beyond the box, so a margin is read with it where the slide goes on.
-        margin = [math.ceil(3 * max(1.0, (end[axis] - start[axis]) / out[axis])) for axis in (0, 1)]
-        first = [max(0, math.floor(start[axis]) - margin[axis]) for axis in (0, 1)]
-        last = [min(limit[axis], math.ceil(end[axis]) + margin[axis]) for axis in (0, 1)]
-        mean = self.downsamples[level]
-        location = (round(first[0] * mean), round(first[1] * mean))
-        try:
-            region = self.handle.read_region(location, level, (last[0] - first[0], last[1] - first[1]))
-        except openslide.OpenSlideError:
-            # After its first error a handle of OpenSlide answers nothing but that error.
-            self.handle.close()
-            self.handle = self._open()
-            return None
-        picture = Image.alpha_composite(Image.new("RGBA", region.size, "white"), region).convert("RGB")
-        left, top = start[0] - location[0] / mean, start[1] - location[1] / mean
-        right, bottom = (
-            min(value, side)
-            for value, side in zip((left + end[0] - start[0], top + end[1] - start[1]), picture.size, strict=True)
-        )
-        if (left, top, right, bottom) == (round(left), round(top), round(left) + out[0], round(top) + out[1]):
-            return picture.crop((round(left), round(top), round(right), round(bottom)))  # stored pixels, untouched
-        return picture.resize(out, Image.Resampling.BICUBIC, box=(max(left, 0.0), max(top, 0.0), right, bottom))
-
-
-def _read_mpp(slide: _OpenSlide, settings: SlideSettings) -> tuple[float, float]:
+    Raises SlideError where it states none or an implausible one and the settings name no fallback.
+    """
     stated = [slide.properties.get(name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
     rule = "set slides.fallback_mpp in the source card if you know it from the scanner"
     try:
@@ -240,7 +305,7 @@ def _read_mpp(slide: _OpenSlide, settings: SlideSettings) -> tuple[float, float]
     return mpp_x, mpp_y
 
 
-def _choose_level(slide: _OpenSlide, slide_mpp: float, mpp: float) -> int:
+def _choose_level(slide: OpenedSlide, slide_mpp: float, mpp: float) -> int:
     """The coarsest level that is no coarser than `mpp`, within the tolerance."""
     fine = [n for n, down in enumerate(slide.downsamples) if slide_mpp * down <= mpp * (1 + LEVEL_TOLERANCE)]
     if not fine:
@@ -250,67 +315,3 @@ def _choose_level(slide: _OpenSlide, slide_mpp: float, mpp: float) -> int:
             f"enlarging adds no detail, so set slides.mpp to {slide_mpp:g} or more, or leave the slide out",
         )
     return fine[-1]
-
-
-def _compute_tissue_mask(
-    slide: _OpenSlide, mpp: tuple[float, float], settings: SlideSettings
-) -> tuple[npt.NDArray[np.float32], float]:
-    """Tissue mask float [rows, columns] (1 tissue, 0 glass, NaN unreadable) and its microns per pixel."""
-    mask_mpp = min(MASK_MPP, settings.tile_um / 8)  # at least 8 x 8 mask pixels a tile
-    width, height = slide.level_sizes[0]
-    columns, rows = math.ceil(width * mpp[0] / mask_mpp), math.ceil(height * mpp[1] / mask_mpp)
-    fine = [n for n, down in enumerate(slide.downsamples) if max(mpp) * down <= mask_mpp]
-    small = np.full((rows, columns, 3), 255, dtype=np.uint8)
-    readable = np.ones((rows, columns), dtype=bool)
-    for top in range(0, rows, MASK_BLOCK):
-        for left in range(0, columns, MASK_BLOCK):
-            block = (min(MASK_BLOCK, columns - left), min(MASK_BLOCK, rows - top))
-            origin = (int(left * mask_mpp / mpp[0]), int(top * mask_mpp / mpp[1]))  # down: the last stays inside
-            size = (block[0] * mask_mpp / mpp[0], block[1] * mask_mpp / mpp[1])
-            window = np.s_[top : top + block[1], left : left + block[0]]
-            picture = slide.read_box(fine[-1] if fine else 0, origin, size, block)
-            if picture is None:
-                readable[window] = False
-            else:
-                small[window] = np.asarray(picture)
-    return np.where(readable, compute_tissue(small, mask_mpp), np.nan).astype(np.float32), mask_mpp
-
-
-def compute_tissue(image: npt.NDArray[np.uint8], mpp: float) -> npt.NDArray[np.bool_]:
-    """Tissue bool [H, W] of a small RGB copy [H, W, 3]: saturation above Otsu's threshold, small specks and holes gone.
-
-    N. Otsu, "A threshold selection method from gray-level histograms", IEEE Trans. SMC 1979.
-    """
-    values = image.astype(np.float32) / 255.0
-    brightest = values.max(axis=2)
-    saturation = (brightest - values.min(axis=2)) / np.maximum(brightest, 1e-3)
-    saturation = ndimage.median_filter(saturation, size=3)
-    threshold = float(np.clip(_compute_otsu(saturation), *SATURATION_BOUNDS))
-    tissue = ndimage.binary_dilation((saturation > threshold) & (brightest > MIN_BRIGHTNESS))
-    tissue = ndimage.binary_erosion(tissue, border_value=1)  # binary_closing would eat tissue at the slide's edge
-    tissue &= ~_find_small(tissue, MIN_TISSUE_UM2 / mpp**2)
-    glass = np.pad(~tissue, 1, constant_values=True)  # what touches the edge of the slide is no hole in the tissue
-    filled: npt.NDArray[np.bool_] = tissue | _find_small(glass, MAX_HOLE_UM2 / mpp**2)[1:-1, 1:-1]
-    return filled
-
-
-def _compute_otsu(values: npt.NDArray[np.float32]) -> float:
-    """The threshold in 0..1 that parts `values` into two classes with the largest variance between them."""
-    counts, edges = np.histogram(values, bins=256, range=(0.0, 1.0))
-    centres = (edges[:-1] + edges[1:]) / 2
-    weight = np.cumsum(counts)
-    total = np.cumsum(counts * centres)
-    below, above = weight[:-1], weight[-1] - weight[:-1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gap = total[:-1] / below - (total[-1] - total[:-1]) / above
-        variance = np.where((below > 0) & (above > 0), below * above * gap**2, 0.0)
-    return float(edges[1 + int(np.argmax(variance))])
-
-
-def _find_small(mask: npt.NDArray[np.bool_], area: float) -> npt.NDArray[np.bool_]:
-    """The connected regions of `mask` that have fewer than `area` pixels."""
-    labels, _ = ndimage.label(mask)
-    small = np.bincount(labels.ravel()) < area
-    small[0] = False  # label 0 is what is not in the mask
-    found: npt.NDArray[np.bool_] = small[labels]
-    return found

@@ -34,11 +34,13 @@ MANIFEST = "manifest.json"
 
 # Config keys that may differ between a run and its resumption: they decide neither the weights nor the sample stream.
 # data.shards may move; what it holds is compared by data hash instead.
+# data.use only refuses sources; runs that were begun before there was such a key resume too.
 FREE_KEYS = (
     "checkpoint",
     "monitor",
     "tracking",
     "data.shards",
+    "data.use",
     "data.workers",
     "data.prefetch",
     "data.max_failed_share",

@@ -114,7 +114,8 @@ class PretrainSummary:
 def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: str = "auto") -> PretrainSummary:
     """Train an encoder into the run folder `out`; every rank calls this with the same arguments.
 
-    `excluded` names the groups that must never be drawn (`panfm.evaluation.splits.compute_excluded`). With
+    `excluded` names the groups that must never be drawn (`panfm.evaluation.splits.compute_excluded`), and the images
+    that an audit lists (`panfm.evaluation.contamination_list`). With
     resume="auto" the newest whole checkpoint in `out` is continued, if there is one; "never" refuses a folder that
     holds any. Raises UserError for what the config gets wrong, before anything is trained.
     """
@@ -134,9 +135,15 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
 
         # 1. The model: encoder and heads inside the engine, frozen teachers outside.
         initial = encoder_config.init
-        weights = None if initial is None else load_encoder(initial).module.model.state_dict()
+        origin = None if initial is None else load_encoder(initial)
+        weights = None if origin is None else origin.module.model.state_dict()
         vit = build_vit(encoder_config, seed, weights)
         teachers = {address: load_encoder(address, device=str(device)) for address in get_teacher_addresses(objectives)}
+        for encoder in (*teachers.values(), *((origin,) if origin is not None else ())):
+            if encoder.facts is not None:  # what an encoder learned from, its pupils learn from too
+                encoder_facts.check_use(
+                    encoder.facts, config.data.use, f"data.use ({config.data.use}): {encoder.address}"
+                )
         model = build_pretraining_model(
             vit,
             objectives,
@@ -162,6 +169,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                 global_batch_size=batch_size,
                 micro_batch_size=config.engine.micro_batch_size,
                 excluded=excluded.groups,
+                excluded_keys=excluded.keys,
             )
         )
 
@@ -170,7 +178,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
 
         # 3. Where the run stands: at the beginning, or where its newest whole checkpoint left off.
         state = TrainingState(step=0, samples_seen=0, salt=0)
-        facts = _describe_encoder(config, plain, loader.sources, excluded.tasks)
+        facts = _describe_encoder(config, plain, loader.sources, excluded)
         found = list_checkpoints(out)
         if found and resume == "never":
             raise UserError(
@@ -338,7 +346,7 @@ def _check_accumulation(config: PretrainConfig, world_size: int) -> None:
 
 
 def _describe_encoder(
-    config: PretrainConfig, plain: dict[str, Any], sources: Sequence[SourceFacts], excluded_tasks: tuple[str, ...]
+    config: PretrainConfig, plain: dict[str, Any], sources: Sequence[SourceFacts], excluded: Exclusion
 ) -> EncoderFacts:
     """The facts that every checkpoint of this run carries; step and samples_seen are filled in at each."""
     size = config.encoder.image_size
@@ -361,12 +369,16 @@ def _describe_encoder(
                 licence=source.licence,
                 num_kept=source.num_kept,
                 num_excluded=source.num_excluded,
+                num_audited=source.num_audited,
                 data_hash=source.data_hash,
                 synthetic=source.synthetic,
+                permitted_uses=source.permitted_uses,
             )
             for source in sources
         ),
-        excluded_tasks=excluded_tasks,
+        excluded_tasks=excluded.tasks,
+        audit=excluded.audit,
+        use=config.data.use,
         code_version=__version__,
     )
 
@@ -376,7 +388,11 @@ def _print_plan(
 ) -> None:
     """What is about to happen, in a few lines: sources with counts, parameters, steps, batch."""
     for source in sources:
-        _say(f"source {source.source}: {source.num_kept:,} images kept, {source.num_excluded:,} excluded (test groups)")
+        audited = "" if config.data.exclude.audit is None else f", {source.num_audited:,} more listed by the audit"
+        _say(
+            f"source {source.source}: {source.num_kept:,} images kept, {source.num_excluded:,} excluded (test groups)"
+            f"{audited}"
+        )
     num_encoder, num_all = (sum(p.numel() for p in m.parameters()) for m in (engine.encoder, engine.model))
     _say(
         f"{config.encoder.name} at {config.encoder.image_size} px: {num_encoder / 1e6:.1f} M parameters, "
