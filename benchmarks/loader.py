@@ -3,10 +3,11 @@
     python benchmarks/loader.py [--quick] [--json FILE] [--images FOLDER]
 
 The same shards (written by panfm, photographs at full size), the same crops of the same images, the same mirrorings,
-the same filter (bicubic, antialiased), 224 pixels, batches of 64, one worker process, one core for all of a side's
-processes. What counts is the processor time of the worker and the receiving process together, so that the cost of the
-border between them is in it and other work on the machine is not. The sides take turns; every figure is the median of
-the rounds, and so is the ratio. Before anything is timed, panfm's views are compared with the peer's.
+the same filter (bicubic, antialiased), 224 pixels, batches of the same size, one worker process, one core. What counts
+is the processor time of the worker and the receiving process together, so that the cost of the border between them is
+in it and other work on the machine is not (but for what it does to caches and memory). The sides take turns; every
+figure is the median of the rounds, and so is the ratio. Before anything is timed, panfm's views are compared with the
+peer's.
 
     panfm                 the loader as training uses it; batches of uint8, normalised on the device
     idiom                 webdataset, Pillow, torchvision v2: crop, mirror, ToImage, ToDtype, Normalize
@@ -54,7 +55,8 @@ from panfm.shards.writer import BuildOptions, build_shards
 
 SIDE = 224
 CROP_SCALE = (0.2, 1.0)
-BATCH = 64
+BORDER_BATCH = 64
+PREFETCH = 2
 GRAIN = 5.0  # grey levels, see the docstring
 
 
@@ -78,13 +80,14 @@ class Archive:
     kind: str
     num_distinct: int
     num_samples: int
+    batch_size: int  # so that a batch takes the idiom half a second
 
 
 ARCHIVES = (
-    Archive("600 x 450", (600, 450), "jpg", 24, 256),
-    Archive("1024 x 768", (1024, 768), "jpg", 16, 192),
-    Archive("3000 x 2000", (3000, 2000), "jpg", 6, 96),
-    Archive("512 x 512 PNG", (512, 512), "png", 16, 128),
+    Archive("600 x 450", (600, 450), "jpg", 24, 256, 64),
+    Archive("1024 x 768", (1024, 768), "jpg", 16, 128, 32),
+    Archive("3000 x 2000", (3000, 2000), "jpg", 6, 32, 8),
+    Archive("512 x 512 PNG", (512, 512), "png", 16, 128, 64),
 )
 
 
@@ -153,7 +156,7 @@ def build_set(root: Path, num_samples: int) -> Path:
 # ------------------------------------------------------------------------------------------------ the sides
 
 
-def build_ours(shards: Path, views: int, workers: int) -> Loader:
+def build_ours(shards: Path, batch_size: int, views: int, workers: int) -> Loader:
     """panfm's loader with crops and mirrorings alone: the idiom turns nothing and leaves colour as it is."""
     augment = AugmentConfig(
         image_size=SIDE,
@@ -166,14 +169,14 @@ def build_ours(shards: Path, views: int, workers: int) -> Loader:
         white_balance=0.0,
     )
     return build_loader(
-        DataConfig(shards=(str(shards),), exclude=ExcludeConfig(tasks="none"), workers=workers),
+        DataConfig(shards=(str(shards),), exclude=ExcludeConfig(tasks="none"), workers=workers, prefetch=PREFETCH),
         MixtureConfig(),
         augment,
         mask=None,
         mask_grid=(SIDE // 16, SIDE // 16),
         seed=0,
-        global_batch_size=BATCH,
-        micro_batch_size=BATCH,
+        global_batch_size=batch_size,
+        micro_batch_size=batch_size,
         excluded={},
     )
 
@@ -225,22 +228,22 @@ class Idiom:
             yield picture if self.tensors_first else self.to_image(picture)
 
 
-def build_idiom(shards: Path, kind: str, transform: Idiom) -> DataLoader:
+def build_idiom(shards: Path, archive: Archive, transform: Idiom) -> DataLoader:
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
     dataset = (
         webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
         .repeat()
-        .decode("pilrgb", only=[kind])
-        .to_tuple("__key__", kind)
+        .decode("pilrgb", only=[archive.kind])
+        .to_tuple("__key__", archive.kind)
         .map(transform)
     )
-    return DataLoader(dataset, batch_size=BATCH, num_workers=1, prefetch_factor=4)
+    return DataLoader(dataset, batch_size=archive.batch_size, num_workers=1, prefetch_factor=PREFETCH)
 
 
 def check_same_views(shards: Path, archive: Archive) -> None:
     """panfm's first batch is what the idiom makes of the same images with the same boxes: 33 dB, mean over pixels."""
-    with build_ours(shards, 2, workers=0) as loader:
-        keys, views = list_views(loader, BATCH)
+    with build_ours(shards, archive.batch_size, 2, workers=0) as loader:
+        keys, views = list_views(loader, archive.batch_size)
         batch = next(loader.iterate(LoaderState(0, 0), rank=0, world_size=1))[0]
     for tensors_first in (False, True):
         idiom = Idiom(views, tensors_first)
@@ -258,7 +261,7 @@ def check_same_views(shards: Path, archive: Archive) -> None:
                 error = (batch.views[number][place].float() - picture.float()).square().mean()
                 assert error < 255**2 / 10**3.5, (archive.name, sample["__key__"], float(error))
                 found += 1
-        assert found == 2 * BATCH, found
+        assert found == 2 * archive.batch_size, found
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -267,7 +270,8 @@ def check_same_views(shards: Path, archive: Archive) -> None:
 class Side:
     """A running loader with one worker. `time` takes batches and counts the processor time of both processes."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[Any], batch_size: int) -> None:
+        self.batch_size = batch_size
         before = {child.pid for child in psutil.Process().children(recursive=True)}
         self.batches = iter(batches)
         next(self.batches)
@@ -283,7 +287,7 @@ class Side:
             batch = next(self.batches)
             assert batch is not None
         taken = time.process_time() - taken
-        return num_batches * BATCH / (self._wait_until_full() - start + taken)
+        return num_batches * self.batch_size / (self._wait_until_full() - start + taken)
 
     def _wait_until_full(self) -> float:
         """Wait until the worker sleeps and stays asleep; return its seconds of processor time so far."""
@@ -317,27 +321,31 @@ def compare(name: str, rates: dict[str, list[float]], unit: str, *, less_is_bett
     return rows
 
 
-def measure_archive(shards: Path, archive: Archive, views: int, rounds: int, seconds: float) -> list[Row]:
+def measure_archive(shards: Path, archive: Archive, views: int, rounds: int, quick: bool) -> list[Row]:
+    seconds = 0.3 if quick else 1.0  # a turn of a side
+
     def run_decoder() -> float:
         start = time.process_time()
         for data in stored:
             decode_jpeg(data)
         return len(stored) / (time.process_time() - start)
 
-    ours = build_ours(shards, views, workers=1)
+    ours = build_ours(shards, archive.batch_size, views, workers=1)
     _, drawn = list_views(ours, 4 * archive.num_samples)
     running = {
-        "panfm": Side(ours.iterate(LoaderState(0, 0), rank=0, world_size=1)),
-        "idiom": Side(build_idiom(shards, archive.kind, Idiom(drawn, tensors_first=False))),
-        "idiom, tensors first": Side(build_idiom(shards, archive.kind, Idiom(drawn, tensors_first=True))),
+        "panfm": Side(ours.iterate(LoaderState(0, 0), rank=0, world_size=1), archive.batch_size),
+        "idiom": Side(build_idiom(shards, archive, Idiom(drawn, tensors_first=False)), archive.batch_size),
     }
+    if not quick:
+        peer = build_idiom(shards, archive, Idiom(drawn, tensors_first=True))
+        running["idiom, tensors first"] = Side(peer, archive.batch_size)
     sides: dict[str, Callable[[], float]] = {}
     for name, side in running.items():
-        num_batches = max(3, round(seconds * side.time(2) / BATCH))
+        num_batches = max(1 if quick else 2, round(seconds * side.time(1) / archive.batch_size))
         sides[name] = functools.partial(side.time, num_batches)
     if archive.kind == "jpg":
         samples = webdataset.WebDataset([str(path) for path in sorted(shards.glob("*.tar"))], shardshuffle=False)
-        stored = [torch.frombuffer(bytearray(sample["jpg"]), dtype=torch.uint8) for sample in samples][:BATCH]
+        stored = [torch.frombuffer(bytearray(sample["jpg"]), dtype=torch.uint8) for sample in samples][:32]
         sides["torchvision's decoder alone"] = run_decoder
     plural = "one view" if views == 1 else f"{views} views"
     rows = compare(f"{archive.name}, {plural}", take_turns(sides, rounds), "images/s a core")
@@ -358,7 +366,7 @@ class Ready(Dataset):
         return 10_000
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        shape = (BATCH, 3, SIDE, SIDE)
+        shape = (BORDER_BATCH, 3, SIDE, SIDE)
         if not self.shared:
             return torch.full(shape, index % 200, dtype=self.dtype)
         storage = torch.UntypedStorage._new_shared(int(np.prod(shape)) * self.dtype.itemsize)
@@ -370,14 +378,14 @@ def time_inside(dataset: Ready) -> float:
     start = time.process_time()
     for number in range(10):
         assert dataset[number] is not None
-    return 1e6 * (time.process_time() - start) / (10 * BATCH)
+    return 1e6 * (time.process_time() - start) / (10 * BORDER_BATCH)
 
 
 def measure_border(rounds: int) -> list[Row]:
     """Processor time of a batch that another process fills with one value, beside filling it here."""
 
     def start(dtype: torch.dtype, shared: bool) -> Callable[[], float]:
-        side = Side(DataLoader(Ready(dtype, shared), batch_size=None, num_workers=1, prefetch_factor=4))
+        side = Side(DataLoader(Ready(dtype, shared), batch_size=None, num_workers=1, prefetch_factor=4), BORDER_BATCH)
         return lambda: 1e6 / side.time(10)
 
     sides = {
@@ -401,7 +409,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    rounds, seconds = (3, 0.3) if arguments.quick else (7, 1.0)
+    rounds = 3 if arguments.quick else 5
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         archives = list(ARCHIVES[:3] if arguments.quick else ARCHIVES)
@@ -415,14 +423,14 @@ def main() -> None:
             num_files = len(list((real / "images").iterdir()))
             if not num_files:
                 sys.exit(f"{arguments.images}: no JPEG; give another --images")
-            archives.append(Archive("real", (0, 0), "jpg", num_files, max(128, num_files)))
+            archives.append(Archive("real", (0, 0), "jpg", num_files, max(128, num_files), 32))
         for archive in archives:
             root = Path(folder) / archive.name
             shards = build_set(root, archive.num_samples)
             describe(root, archive)
             check_same_views(shards, archive)
             for views in (1, 2):
-                rows += measure_archive(shards, archive, views, rounds, seconds)
+                rows += measure_archive(shards, archive, views, rounds, arguments.quick)
         rows += measure_border(rounds)
     width = max(len(row.name) for row in rows)
     print(f"{'':<{width}}  {'panfm / peer':>12}  {'panfm':>10}  {'peer':>10}")
