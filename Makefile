@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo
+# Two test processes; each with one thread of its own, since threads that wait for a core are slower than none.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTEST_ARGS ?=
 
 # The whole way on synthetic images, ending in demo/leaderboard/leaderboard.html.
@@ -11,11 +13,11 @@ demo: $(VENV)/.installed
 
 # Every test; makes the environment where it is missing.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # The part that runs in about a minute.
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # Formatting, lint, types, layers.
 lint: $(VENV)/.installed-dev

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from panfm.data.decode import DecodeError, compute_dct_scale, decode_crop, decode_rgb, load_crops, open_image
 
@@ -38,14 +38,14 @@ def resize_fully(data: bytes, box: tuple[int, int, int, int], size: int) -> np.n
 
 @functools.cache
 def draw_texture(seed: int, width: int, height: int) -> Image.Image:
-    """Detail at every scale down to a few pixels, as in a photograph."""
+    """Detail at every scale down to two pixels, more of it than photographs hold: too small a decode loses it."""
     rng = np.random.default_rng(seed)
-    total = np.zeros((height, width, 3))
-    for step in (256, 64, 16, 4):
+    total = np.full((height, width, 3), 128.0)
+    for step, contrast in ((256, 40), (64, 24), (16, 20), (4, 16), (2, 12)):
         coarse = rng.integers(0, 256, (height // step + 2, width // step + 2, 3), dtype=np.uint8)
         fine = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        total += np.asarray(fine, dtype=np.float64) * (step / 340) ** 0.5 / 2
-    return Image.fromarray(np.clip(total / 1.4, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
+        total += (np.asarray(fine, dtype=np.float64) - 128) * (contrast / 75)  # uniform noise deviates by 75
+    return Image.fromarray(np.clip(total, 0, 255).astype(np.uint8))
 
 
 def test_plain_kinds_decode_to_the_pixels_that_were_stored(make_picture: Callable, make_bytes: Encode) -> None:
@@ -143,7 +143,7 @@ def test_a_jpeg_stays_as_it_is_stored_whatever_its_exif_says(make_bytes: Encode)
     picture = draw_texture(4, 200, 150)
     data = make_bytes(picture, quality=95, exif=exif)
     assert open_image(data).size == (200, 150)
-    assert compute_psnr(decode_rgb(data), np.asarray(picture)) > 35
+    np.testing.assert_array_equal(decode_rgb(data), decode_rgb(make_bytes(picture, quality=95)))
     assert compute_psnr(decode_crop(data, (10, 20, 110, 120), 96), resize_fully(data, (10, 20, 110, 120), 96)) >= 35
 
 
@@ -227,10 +227,10 @@ def test_a_decompression_bomb_is_refused(make_bytes: Encode) -> None:
         decode_rgb(bytes(header))
     photo = bytearray(make_bytes(Image.new("RGB", (16, 16)), "JPEG"))
     frame = photo.index(b"\xff\xc0")
-    photo[frame + 5 : frame + 9] = (60_000).to_bytes(2, "big") * 2
-    for box in [(0, 0, 60_000, 60_000), (0, 0, 8, 8)]:
+    for width, height in [(60_000, 60_000), (20_000, 13_000)]:  # the second is one that Pillow only warns of
+        photo[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
         with pytest.raises(DecodeError, match=r"^decompression_bomb$"):
-            decode_crop(bytes(photo), box, 8)
+            open_image(bytes(photo))
 
 
 def test_a_jpeg_cut_below_the_crop_is_truncated_all_the_same(make_bytes: Encode) -> None:

@@ -45,9 +45,16 @@ def test_the_datasheet_has_every_section_and_marks_what_is_open(build: Callable[
     assert "Not permitted: education, commercial." in text
     open_questions = re.findall(r"\*\*([^*]+)\*\* " + re.escape(OPEN), text)
     assert "On which legal basis?" in open_questions and "Who keeps it, and how long?" not in open_questions
+    assert {"Under which licence?", "Who can get it, and how?"}.isdisjoint(open_questions)
     assert shard_set.compute_data_hash() in text and "None" not in text.replace("None of", "")
     with pytest.raises(UserError, match=r"ends in .md"):
         write_datasheet(shard_set, tmp_path / "datasheet.txt")
+
+
+def test_the_todo_of_a_draft_is_no_answer(build: Callable[..., ShardSet], tmp_path: Path) -> None:
+    todo = dict.fromkeys(("origin", "licence", "legal_basis", "how_to_obtain", "retention"), "TODO: ask")
+    text = write_datasheet(build(synthetic=False, **todo), tmp_path / "datasheet.md").read_text()
+    assert "TODO" not in text and f"**Under which licence?** {OPEN}" in text and f"**Who made it?** {OPEN}" in text
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of rdflib and pandas, below mlcroissant

@@ -130,7 +130,10 @@ def test_a_french_archive_drafts_and_builds(french: Path, tmp_path: Path) -> Non
     assert "diagnosis" not in last.labels  # a longer text is suggested, not mapped
     assert not any(finding.blocks for finding in draft.findings)
     options = BuildOptions(key_file=tmp_path / "secret.key", create_key=True, processes=1)
-    build_shards(card, french, tmp_path / "shards", options=options)
+    with pytest.raises(UserError, match="TODO is left in consent_scope and legal_basis"):
+        build_shards(card, french, tmp_path / "shards", options=options)
+    decided = {"legal_basis": "approved by the ethics committee", "consent_scope": "research in this hospital"}
+    build_shards(card.model_copy(update=decided), french, tmp_path / "shards", options=options)
     table = pq.read_table(tmp_path / "shards" / "samples.parquet")
     assert table.num_rows == 12 and len(set(table["patient_id"].to_pylist())) == 4
     for file in (tmp_path / "shards").iterdir():

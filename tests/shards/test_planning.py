@@ -19,8 +19,8 @@ from panfm.shards.planning import arrange, compute_plan_hash, plan_build
 from panfm.shards.privacy import PUBLIC_KEY, PseudonymKey, pseudonymise
 from panfm.shards.sources import read_records
 from panfm.shards.writer import build_shards
-from panfm.shards.wsi import plan_tiles
-from tests.shards.wsi_pyramids import damage
+from panfm.shards.wsi import judge_plan, plan_tiles
+from tests.shards.wsi_pyramids import damage, draw_tissue, write_pyramid
 
 
 def cut(order: np.ndarray, starts: np.ndarray, groups: np.ndarray) -> list[list[int]]:
@@ -92,15 +92,16 @@ def test_slides_in_both_orders(make_slides: Callable[..., Any], tmp_path: Path) 
 def test_damage_that_planning_did_not_see(make_slides: Callable[..., Any], tmp_path: Path) -> None:
     archive = make_slides((1344, 672), (336, 336))
     path = archive.root / "slides/slide0.tiff"
-    damage(path, 10)  # in or beside 24 of its 72 tiles; planning reads 8 others
-    assert plan_tiles(path, archive.card.slides).unreadable == ()
+    write_pyramid(path, draw_tissue(1344, 672), 0.5, (1, 2, 4), compression="zlib")
+    damage(path, 10)  # of the finest level, under 9 of its 72 tiles; planning reads 8 others, and a coarser level
+    assert judge_plan(plan_tiles(path, archive.card.slides)) is None
     options = BuildOptions(max_rejected_share=0.6)
     report = build_shards(archive.card, archive.root, tmp_path / "without", options=options)
     assert (report.num_samples, report.num_rejected) == (9, {"bad_slide": 1})
-    assert "24 of 72 regions cannot be read" in report.rejected[0].detail
+    assert "9 of 72 regions cannot be read" in report.rejected[0].detail
     archive.values["slides"]["max_bad_fraction"] = 0.4
     report = build_shards(archive.card, archive.root, tmp_path / "with", options=options)
-    assert (report.num_samples, report.num_rejected) == (72 - 24 + 9, {"unreadable_region": 24})
+    assert (report.num_samples, report.num_rejected) == (72 - 9 + 9, {"unreadable_region": 9})
     name = pseudonymise(PUBLIC_KEY, "small_slides", "slide", "S0")
     for folder in ("without", "with"):  # red hatches on both: drawn again when all tiles had been read
         picture = np.asarray(Image.open(tmp_path / f"{folder}/overlays/{name}.png").convert("RGB")).astype(int)

@@ -115,6 +115,23 @@ def test_open_points_of_a_private_source_come_first(build: Callable[..., ShardSe
     assert all(one < other for one, other in pairwise(places))
 
 
+def test_what_a_draft_leaves_to_a_person_is_open(build: Callable[..., ShardSet]) -> None:
+    todo = dict.fromkeys(("origin", "licence", "legal_basis", "consent_scope", "retention"), "TODO: ask")
+    shard_set = build(identifiers="private", synthetic=False, key_custodian="TODO: who", **todo)
+    text = render_markdown(build_privacy_report([shard_set]))
+    top = text.split("## Data flow")[0]
+    for said in (
+        "Legal basis",
+        "Consent scope",
+        "Retention",
+        "Key custody",
+        "The card still says TODO: origin, licence",
+    ):
+        assert said in top, said
+    for question in ("Origin (controller)", "Legal basis", "Consent scope", "Licence", "Retention", "Key custodian"):
+        assert f"| {question} | OPEN |" in text, question
+
+
 def test_neither_page_shows_a_row_an_id_or_a_small_number(build: Callable[..., ShardSet]) -> None:
     shard_set = build(identifiers="private", synthetic=False)
     report = build_privacy_report([shard_set])

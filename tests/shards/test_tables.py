@@ -278,7 +278,7 @@ def test_aliases_join_patients_and_corrections_keep_what_the_table_said(tmp_path
     values: dict[str, Any] = {
         "table": "t.csv",
         "columns": {"path": "file", "patient_id": "pat"},
-        "labels": {"diagnosis": {"column": "dx", "values": {"nv": "nevus"}}},
+        "labels": {"diagnosis": {"column": "dx", "values": {"nv": "nevus", "mel": "melanoma"}}},
         "patient_aliases": "patient_aliases.csv",
         "corrections": "fix.csv",
     }
@@ -292,6 +292,9 @@ def test_aliases_join_patients_and_corrections_keep_what_the_table_said(tmp_path
     assert records.label_version == 2
     write_csv(tmp_path / "fix.csv", [correction | {"old": "keratosis"}])
     with pytest.raises(UserError, match=r"fix.csv, line 2: diagnosis of '1.jpg' is 'nevus', not 'keratosis'"):
+        read_records(make_card(**values), tmp_path)
+    write_csv(tmp_path / "fix.csv", [correction | {"new": "melanom"}])
+    with pytest.raises(UserError, match=r"line 2: new value 'melanom' is none of diagnosis .* \(melanoma, nevus\)"):
         read_records(make_card(**values), tmp_path)
     write_csv(tmp_path / "fix.csv", [correction | {"key": "9.jpg"}])
     with pytest.raises(UserError, match=r"fix.csv, line 2: no image has the key '9.jpg'"):

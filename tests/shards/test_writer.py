@@ -24,6 +24,7 @@ from panfm.shards.index import open_shard_set
 from panfm.shards.privacy import PUBLIC_KEY, pseudonymise
 from panfm.shards.schema import SAMPLES_SCHEMA, Sample
 from panfm.shards.writer import BuildOptions, build_shards
+from tests.shards.wsi_pyramids import draw_tissue, write_pyramid
 
 SMALL = BuildOptions(samples_per_shard=5)
 
@@ -345,6 +346,7 @@ import json, sys
 from pathlib import Path
 from panfm.shards.cards import SourceCard
 from panfm.shards.writer import BuildOptions, build_shards
+from tests.shards.wsi_pyramids import draw_tissue, write_pyramid
 card, root, out = sys.argv[1:]
 options = BuildOptions(samples_per_shard=1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it, and so would we
@@ -484,3 +486,31 @@ def test_slides_that_cannot_be_read_are_counted(real_data: Path, tmp_path: Path)
         build_shards(card, real_data / "slides", tmp_path / "s", options=BuildOptions())
     options = BuildOptions(max_rejected_share=0.7)
     assert build_shards(card, real_data / "slides", tmp_path / "s", options=options).num_samples > 20
+
+
+def test_a_resolution_in_the_table_serves_where_the_slide_states_none(
+    make_slides: Callable[..., Any], tmp_path: Path
+) -> None:
+    archive = make_slides((224, 224), (224, 224))
+    write_pyramid(archive.root / "slides/slide1.tiff", draw_tissue(448, 448), None, (1,), compression="zlib")
+    for row, stated in zip(archive.rows, ("0.1", "0.25"), strict=True):  # the first slide's own word counts
+        row["mpp"] = stated
+    archive.values["columns"]["mpp"] = "mpp"
+    archive.write_table()
+    build_shards(archive.card, archive.root, tmp_path / "shards", options=BuildOptions())
+    rows = open_shard_set(tmp_path / "shards").table.to_pylist()
+    assert len(rows) == 8 and {row["mpp"] for row in rows} == {0.5} and {row["colour"] for row in rows} == {"untagged"}
+    assert {(row["x0"], row["y0"]) for row in rows} == {(x, y) for x in (0, 112, 224) for y in (0, 112, 224)} - {
+        (112, 224),
+        (224, 112),
+    }  # 112 level-0 pixels a tile of the one, 224 of the other
+
+
+def test_a_private_archive_needs_its_legal_basis(make_archive: Callable[..., Any], tmp_path: Path) -> None:
+    archive = make_archive()
+    archive.values |= {"identifiers": "private", "legal_basis": "TODO: ask the data protection officer"}
+    options = BuildOptions(key_file=tmp_path / "key", create_key=True)
+    with pytest.raises(UserError, match="TODO is left in legal_basis"):
+        build_shards(archive.card, archive.root, tmp_path / "shards", options=options)
+    archive.values["legal_basis"] = "approved by the ethics committee"
+    assert build_shards(archive.card, archive.root, tmp_path / "shards", options=options).num_samples == 12

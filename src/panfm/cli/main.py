@@ -27,6 +27,7 @@ USER_ERRNOS = {
     errno.ENOTDIR,
     errno.EEXIST,
     errno.EDQUOT,
+    errno.EFBIG,
 }
 
 app = typer.Typer(

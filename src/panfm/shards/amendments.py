@@ -110,6 +110,12 @@ def _read_corrections(card: SourceCard, path: Path) -> list[Correction]:
                 f"{path}, line {line}: {row['label']!r} is no label of card {card.name}, which has "
                 f"{', '.join(card.labels)}"
             )
+        known = card.labels[row["label"]].known_values
+        if row["new"] and known is not None and row["new"] not in known:
+            raise UserError(
+                f"{path}, line {line}: new value {row['new']!r} is none of {row['label']} in card {card.name} "
+                f"({', '.join(sorted(known))}); correct its spelling, or add it to the card's values"
+            )
         if not row["version"].isdigit() or int(row["version"]) < 1:
             raise UserError(f"{path}, line {line}: version {row['version']!r}; it must be a whole number from 1 on")
         corrections.append(Correction(line, row["key"], row["label"], row["old"], row["new"], int(row["version"])))

@@ -115,6 +115,13 @@ class LabelColumn(BaseModel):
         return self
 
     @property
+    def known_values(self) -> frozenset[str] | None:
+        """All values that it may take; None: any text."""
+        if self.one_hot is None and (self.values is None or self.others == "keep"):
+            return None
+        return frozenset(value for value in (self.one_hot or self.values or {}).values() if value is not None)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the table that it reads."""
         return (self.column,) if self.column is not None else tuple(self.one_hot or ())
@@ -285,7 +292,7 @@ class SourceCard(BaseModel):
         texts = {name: value for name, value in self.__dict__.items() if isinstance(value, str)}
         if self.cohort is not None:
             texts |= {f"cohort.{name}": value for name, value in self.cohort.__dict__.items() if value is not None}
-        return tuple(name for name, value in texts.items() if value.startswith("TODO"))
+        return tuple(name for name, value in texts.items() if not is_answered(value))
 
     @property
     def image_entries(self) -> dict[str, ImageEntry]:
@@ -300,6 +307,11 @@ class SourceCard(BaseModel):
     def namespace(self) -> str:
         """What keeps the hashed ids of this source apart from those of others."""
         return self.id_namespace or self.name
+
+
+def is_answered(text: str | None) -> bool:
+    """Whether a text of a card says something: it is there, and not the TODO of a draft or a template."""
+    return bool(text) and not str(text).startswith("TODO")
 
 
 def load_card(name: str | Path) -> SourceCard:

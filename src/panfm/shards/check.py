@@ -24,6 +24,7 @@ from panfm.shards.cards import SourceCard
 from panfm.shards.members import Stored, read_photograph
 from panfm.shards.packing import BuildOptions
 from panfm.shards.raw_files import FileFinder, list_members
+from panfm.shards.slide_plans import get_settings
 from panfm.shards.sources import RecordTable, compare_with_expected, compute_code_report, read_records
 from panfm.shards.tables import IMAGE_SUFFIXES
 from panfm.shards.wsi import plan_tiles
@@ -248,7 +249,7 @@ def _check_slides(card: SourceCard, records: RecordTable) -> tuple[str, ...]:
     faults = []
     for record in track(records, "resolution of slides", len(records), unit="slides"):
         try:
-            read_mpp(open_slide(find_slide_file(record.path)), card.slides)
+            read_mpp(open_slide(find_slide_file(record.path)), get_settings(card, record))
         except SlideError as error:
             if record.path.exists():  # else it is among the missing files
                 faults.append(str(error))

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from panfm.errors import UserError
 from panfm.files import write_json, write_text
+from panfm.shards.cards import is_answered
 from panfm.shards.index import SAMPLES_FILE, ShardSet
 from panfm.shards.inspect import UNKNOWN, Summary, summarise
 from panfm.shards.review import read_review_state
@@ -39,7 +40,7 @@ def write_datasheet(shard_set: ShardSet, path: str | Path) -> Path:
     for heading, questions in _answer(shard_set, summary):
         lines += [f"## {heading}", ""]
         for question, answer in questions:
-            lines += [f"**{question}** {answer or OPEN}", ""]
+            lines += [f"**{question}** {_say(answer)}", ""]
         if heading == "Composition":
             lines += _list_counts(summary)
     write_text(path, "\n".join(lines).rstrip() + "\n")
@@ -118,7 +119,7 @@ def _answer(shard_set: ShardSet, summary: Summary) -> list[tuple[str, list[tuple
         (
             "Uses",
             [
-                ("What may it be used for?", f"{uses} ({card.licence})."),
+                ("What may it be used for?", f"{uses} ({card.licence})." if is_answered(card.licence) else f"{uses}."),
                 (
                     "What must it not be used for?",
                     (f"Not permitted: {', '.join(others)}. " if others else "")
@@ -130,7 +131,7 @@ def _answer(shard_set: ShardSet, summary: Summary) -> list[tuple[str, list[tuple
         (
             "Distribution",
             [
-                ("Who can get it, and how?", f"Access: {card.access}. {card.how_to_obtain}"),
+                ("Who can get it, and how?", f"Access: {card.access}. {_say(card.how_to_obtain)}"),
                 ("Under which licence?", card.licence),
             ],
         ),
@@ -153,6 +154,10 @@ def _answer(shard_set: ShardSet, summary: Summary) -> list[tuple[str, list[tuple
             ],
         ),
     ]
+
+
+def _say(answer: str | None) -> str:
+    return str(answer) if is_answered(answer) else OPEN
 
 
 def _describe_cohort(shard_set: ShardSet) -> str | None:

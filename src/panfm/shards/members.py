@@ -126,6 +126,7 @@ def read_slide_tiles(
             "y0": tile.y0,
             "level": tile.level,
             "tissue_fraction": tile.tissue_fraction,
+            "colour": tile.colour,
             "source_sha256": source_sha256,
             "phash": compute_phash(_draw_small(pixels)),
         }

@@ -32,7 +32,7 @@ from panfm.shards.members import Reason, Stored, read_photograph, read_slide_til
 from panfm.shards.pixels import RESIZER
 from panfm.shards.privacy import PUBLIC_KEY, PseudonymKey, load_key, pseudonymise
 from panfm.shards.schema import SAMPLES_SCHEMA, Sample
-from panfm.shards.slide_plans import load_slide_without_places
+from panfm.shards.slide_plans import get_settings, load_slide_without_places
 from panfm.shards.sources import Record
 from panfm.shards.text_scan import TextScanner
 from panfm.shards.wsi import TilePlace
@@ -253,8 +253,8 @@ def _read_units(task: ShardTask, key: PseudonymKey) -> Iterator[tuple[_Unit, Sto
 
 
 def _read_slide(task: ShardTask, place: int, record: Record) -> Iterator[tuple[int, Stored | Reason]]:
-    tiles, settings = task.tiles, task.card.slides
-    assert tiles is not None and settings is not None
+    tiles, settings = task.tiles, get_settings(task.card, record)
+    assert tiles is not None
     slide = load_slide_without_places(tiles.plans[place], task.plan_hash, record.path, settings)
     places = [
         (int(number), TilePlace(int(tiles.x0[number]), int(tiles.y0[number]), float(tiles.tissue[number])))

@@ -35,7 +35,7 @@ from panfm.shards.packing import (
 from panfm.shards.pixels import RESIZER
 from panfm.shards.privacy import PseudonymKey, pseudonymise
 from panfm.shards.schema import SCHEMA_VERSION
-from panfm.shards.slide_plans import OVERLAY_FOLDER, SlideTask, prepare_slide, read_places
+from panfm.shards.slide_plans import OVERLAY_FOLDER, SlideTask, get_settings, prepare_slide, read_places
 from panfm.shards.sources import Record, RecordTable
 from panfm.shards.text_scan import TextScanner
 from panfm.shards.wsi_reader import count_slide_bytes
@@ -301,7 +301,6 @@ def make_slide_tasks(
     card: SourceCard, records: Sequence[Record], out: Path, key: PseudonymKey, plan_hash: str
 ) -> Iterator[SlideTask]:
     """One task a slide, in the order of the records."""
-    assert card.slides is not None
     seen: Counter[str] = Counter()
     for number, record in enumerate(records):
         name = _hash_slide(card, key, record)
@@ -309,7 +308,7 @@ def make_slide_tasks(
         suffix = f"-{seen[name]}" if seen[name] > 1 else ""
         yield SlideTask(
             record=record,
-            settings=card.slides,
+            settings=get_settings(card, record),
             plan_hash=plan_hash,
             plan_path=out / BUILD_FOLDER / f"slide-{number:06d}.json",
             overlay_path=out / OVERLAY_FOLDER / f"{name}{suffix}.png",

@@ -17,6 +17,7 @@ from typing import Any
 from panfm.errors import UserError
 from panfm.files import write_text
 from panfm.shards.anonymity import SMALL, Anonymity, compute_anonymity
+from panfm.shards.cards import is_answered
 from panfm.shards.index import ShardSet
 from panfm.shards.review import get_environment, read_review_state
 from panfm.shards.text_scan import OLD_AGE
@@ -155,15 +156,18 @@ def _list_open(shard_set: ShardSet) -> tuple[str, ...]:
     card, points = shard_set.card, []
     if card.synthetic:
         return ()
-    if not card.legal_basis:
+    if not is_answered(card.legal_basis):
         points.append("Legal basis: not in the card (legal_basis).")
-    if not card.retention:
+    if not is_answered(card.retention):
         points.append("Retention: not in the card (retention): how long may it be kept, and what ends it?")
     if card.identifiers == "private":
-        if not card.consent_scope:
+        if not is_answered(card.consent_scope):
             points.append("Consent scope: not in the card (consent_scope).")
-        if not card.key_custodian:
+        if not is_answered(card.key_custodian):
             points.append("Key custody: not in the card (key_custodian): who keeps the key, and who may use it?")
+    named = {"legal_basis", "retention", "consent_scope", "key_custodian"}
+    if others := [name for name in card.open_questions if name not in named]:
+        points.append(f"The card still says TODO: {', '.join(others)}.")
     state = read_review_state(shard_set)
     if state.num_screened < state.num_samples:
         points.append(
@@ -185,18 +189,18 @@ def _describe_terms(shard_set: ShardSet) -> Section:
     private = card.identifiers == "private"
     if private:
         ids = f"keyed hashes under a secret key, fingerprint {identifiers['key_fingerprint']}"
-        custodian = card.key_custodian or OPEN
+        custodian = _say(card.key_custodian)
     else:
         ids = "published ids, hashed with a published key: anybody can recompute the hashes"
         custodian = "nobody: the key is published"
     rows = [
-        ("Origin (controller)", card.origin),
-        ("Legal basis", card.legal_basis or OPEN),
-        ("Consent scope", card.consent_scope or (OPEN if private else "not stated")),
-        ("Licence", card.licence),
+        ("Origin (controller)", _say(card.origin)),
+        ("Legal basis", _say(card.legal_basis)),
+        ("Consent scope", _say(card.consent_scope) if private else card.consent_scope or "not stated"),
+        ("Licence", _say(card.licence)),
         ("Permitted uses", ", ".join(card.permitted_uses)),
         ("Access", card.access),
-        ("Retention", card.retention or OPEN),
+        ("Retention", _say(card.retention)),
         ("Identifiers", ids),
         ("Key custodian", custodian),
         ("Built for", str(shard_set.index.get("use") or "not recorded")),
@@ -359,6 +363,10 @@ def _recommend(result: Anonymity) -> tuple[str, ...]:
             f"{_few(result.num_old)} are older than {OLD_AGE}: give them one common age class before anything leaves."
         )
     return tuple(points)
+
+
+def _say(text: str | None) -> str:
+    return str(text) if is_answered(text) else OPEN
 
 
 def _few(count: int) -> str:

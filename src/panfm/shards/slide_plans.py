@@ -16,6 +16,7 @@ from typing import Any
 
 from panfm.errors import UserError
 from panfm.files import write_bytes
+from panfm.shards.cards import SourceCard
 from panfm.shards.members import Reason
 from panfm.shards.sources import Record
 from panfm.shards.wsi import SlideError, SlidePlan, SlideSettings, TilePlace, judge_plan, plan_tiles_with_map
@@ -80,6 +81,13 @@ def prepare_slide(task: SlideTask) -> SlideAnswer:
         plan.num_unmasked,
         plan.series,
     )
+
+
+def get_settings(card: SourceCard, record: Record) -> SlideSettings:
+    """The settings of one slide: a resolution in its row of the table serves where the file states none."""
+    assert card.slides is not None
+    stated = record.metadata.get("mpp")
+    return card.slides if stated is None else replace(card.slides, fallback_mpp=stated)
 
 
 def load_slide(plan_path: Path, plan_hash: str, path: Path, settings: SlideSettings) -> StoredSlide | None:

@@ -89,6 +89,11 @@ def build_shards(card: SourceCard, root: Path, out: Path, *, options: BuildOptio
             f"card {card.name}: permitted_uses ({', '.join(card.permitted_uses)}) does not include {options.use}, "
             "which these shards are for; leave the source out, or correct the card if its licence allows it"
         )
+    if card.identifiers == "private" and (left := set(card.open_questions) & {"legal_basis", "consent_scope"}):
+        raise UserError(
+            f"card {card.name}: TODO is left in {' and '.join(sorted(left))}; a private archive is not built before a "
+            "person has said on what basis, so write it into the card"
+        )
     if options.executor == "dask":  # its workers have folders of their own
         root, out = root.absolute(), out.absolute()
         options = replace(options, key_file=options.key_file and options.key_file.absolute())
