@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -124,14 +124,6 @@ def list_resources(folder: str, suffix: str = ".yaml") -> dict[str, Path]:
         for path in sorted((root / folder).glob(f"*{suffix}")):
             found[path.stem] = path
     return dict(sorted(found.items()))
-
-
-def iterate_files(root: str | Path, suffixes: Iterable[str]) -> Iterator[Path]:
-    """Yield the files below `root` with one of the lower-case `suffixes`, in sorted order."""
-    wanted = set(suffixes)
-    for path in sorted(Path(root).rglob("*")):
-        if path.suffix.lower() in wanted and path.is_file():
-            yield path
 
 
 def _umask() -> int:

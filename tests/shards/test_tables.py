@@ -12,11 +12,13 @@ from PIL import Image
 
 from panfm.errors import UserError
 from panfm.shards.cards import SourceCard
+from panfm.shards.drafting.files import list_images
 from panfm.shards.raw_files import read_raw
 from panfm.shards.sources import compute_code_report, read_records
 from panfm.shards.tables import iterate_rows
 from panfm.shards.writer import BuildOptions, build_shards
 from tests.shards.conftest import draw_picture
+from tests.shards.dicom_files import write_dicom
 
 BASE: dict[str, Any] = {
     "version": 1,
@@ -362,6 +364,21 @@ def test_dicom_headers_are_columns(tmp_path: Path) -> None:
     )
     record = read_records(card, tmp_path)[0]
     assert (record.patient_id, record.metadata, record.visit_day) == ("00123", {"sex": "female"}, None)
+
+
+def test_dicom_files_need_no_suffix(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    data = write_dicom(np.zeros((40, 40, 3), np.uint8), PatientAge="018M")
+    for name in ("a/IM00001", "a/1.2.840.7", "a/photo.dcm", "a/DICOMDIR"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "a/README").write_text("no image")
+    (tmp_path / "a/notes.txt").write_bytes(data)
+    card = make_card(listing="{who}/{name}", dicom_tags=["PatientAge"], columns={"age": "PatientAge", "key": "stem"})
+    records = read_records(card, tmp_path)
+    assert [one.raw_id for one in records] == ["1.2.840.7", "IM00001", "photo"]
+    assert [one.metadata["age"] for one in records] == [1.5, 1.5, 1.5]
+    assert list_images(tmp_path) == ["a/1.2.840.7", "a/IM00001", "a/photo.dcm"]
 
 
 # ------------------------------------------------------------------------------------------------ the table of records

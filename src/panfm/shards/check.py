@@ -23,10 +23,9 @@ from panfm.progress import progress_bar, track
 from panfm.shards.cards import SourceCard
 from panfm.shards.members import Stored, read_photograph
 from panfm.shards.packing import BuildOptions
-from panfm.shards.raw_files import FileFinder, list_members
+from panfm.shards.raw_files import IMAGE_SUFFIXES, FileFinder, is_image, list_members
 from panfm.shards.slide_plans import get_settings
 from panfm.shards.sources import RecordTable, compare_with_expected, compute_code_report, read_records
-from panfm.shards.tables import IMAGE_SUFFIXES
 from panfm.shards.wsi import plan_tiles
 from panfm.shards.wsi_reader import SlideError
 
@@ -235,7 +234,7 @@ def _walk_images(root: Path) -> Iterable[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         relative = Path(folder).relative_to(root).as_posix()
         for name in sorted(names):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - fast
+            if not name.startswith(".") and is_image(Path(folder, name)):
                 yield name if relative == "." else f"{relative}/{name}"
 
 

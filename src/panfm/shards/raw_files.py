@@ -14,6 +14,9 @@ from typing import Any
 
 from panfm.errors import UserError
 
+PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".dcm")
+SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".svslide")
+IMAGE_SUFFIXES = frozenset((*PHOTOGRAPHS, *SLIDES))
 CONTAINERS = (".zip", ".hdf5", ".h5")
 MAX_OPEN = 8
 
@@ -37,6 +40,20 @@ def read_raw(path: Path, member: str | None = None) -> bytes:
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged, encrypted, odd compression
         raise OSError(f"{path}, member {member}: {error}") from None
     return bytes(value)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its suffix, or DICOM by its first bytes: exports name files IM00001 or 1.2.840.7."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return True
+    if (suffix and not suffix[1:].isdigit()) or path.name.upper() == "DICOMDIR":
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def list_members(path: Path) -> frozenset[str]:

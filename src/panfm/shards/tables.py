@@ -15,12 +15,12 @@ from typing import Any
 
 from panfm.errors import UserError
 from panfm.shards.cards import TEMPLATE, Derived, Join, SourceCard, find_placeholders
+from panfm.shards.raw_files import IMAGE_SUFFIXES, is_image
 from panfm.shards.spreadsheets import Dialect, read_spreadsheet
 
 PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::((?:[^{}]|\{[0-9,]+\})+))?\}")  # {column} or {column:REGEX} of a listing
-PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".dcm")
-SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".svslide")
-IMAGE_SUFFIXES = frozenset((*PHOTOGRAPHS, *SLIDES))
+DICOM_AGE = re.compile(r"([0-9]{3})([DWMY])")  # 047Y, 018M, ...
+AGES_A_YEAR = {"D": 365.25, "W": 52.18, "M": 12.0, "Y": 1.0}
 LISTED = ("path", "stem", "folder")  # columns that every listing has
 ROW_NUMBER = "row_number"  # a column of every table: 0, 1, 2, ...; some sources list the rows of their splits by it
 STEM = "stem"  # also of every table: the name of the row's image file without its suffix, for columns.key
@@ -210,13 +210,15 @@ def _open_listing(
     def iterate() -> Iterator[tuple[int, Row]]:
         line = 0
         for path in _walk(root, max(pattern.count("/") for pattern in patterns)):
+            file = Path(path)
+            has_suffix = file.suffix.lower() in IMAGE_SUFFIXES
             for expression, any_suffix in compiled:
-                match = expression.fullmatch(path)
-                if match is None or (any_suffix and Path(path).suffix.lower() not in IMAGE_SUFFIXES):
+                match = expression.fullmatch(path.removesuffix(file.suffix) if any_suffix and has_suffix else path)
+                if match is None or (any_suffix and not is_image(root / path)):
                     continue
                 line += 1
-                file = Path(path)
-                row = {"path": path, "stem": file.stem, "folder": file.parts[0] if len(file.parts) > 1 else ""}
+                stem = file.name if any_suffix and not has_suffix else file.stem
+                row = {"path": path, "stem": stem, "folder": file.parts[0] if len(file.parts) > 1 else ""}
                 row |= dict.fromkeys(names, "") | {name: text or "" for name, text in match.groupdict().items()}
                 if dicom_tags:
                     row |= _read_dicom_tags(root / path, dicom_tags)
@@ -239,8 +241,7 @@ def _compile_pattern(pattern: str) -> tuple[re.Pattern[str], bool]:
         end = match.end()
     expression += re.escape(pattern[end:]).replace(r"\*", "[^/]*")
     last = PLACEHOLDER.sub("x", pattern).rpartition("/")[2]
-    any_suffix = "." not in last
-    return re.compile(expression + (r"\.[A-Za-z0-9]+" if any_suffix else "")), any_suffix
+    return re.compile(expression), "." not in last
 
 
 def _walk(root: Path, depth: int, folder: str = "") -> Iterator[str]:
@@ -265,4 +266,7 @@ def _read_dicom_tags(path: Path, tags: tuple[str, ...]) -> Row:
         header: Any = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
     except Exception as error:  # any: pydicom raises what damaged bytes make it raise
         raise UserError(f"{path}: is no readable DICOM file ({error}); remove it or narrow the listing") from None
-    return {tag: str(header.get(tag, "") or "").strip() for tag in tags}
+    cells = {tag: str(header.get(tag, "") or "").strip() for tag in tags}
+    if age := DICOM_AGE.fullmatch(cells.get("PatientAge", "")):
+        cells["PatientAge"] = f"{int(age[1]) / AGES_A_YEAR[age[2]]:.4g}"  # in years, as columns.age wants it
+    return cells

@@ -14,9 +14,8 @@ from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from panfm.files import iterate_files
 from panfm.shards.drafting.columns import Rows, is_missing
-from panfm.shards.tables import IMAGE_SUFFIXES
+from panfm.shards.raw_files import IMAGE_SUFFIXES, is_image
 
 MAX_TEMPLATES = 12
 LIST_HEADER = ("cell", "image_path")  # of a list that maps the cells of a column to files
@@ -55,7 +54,8 @@ def derived_name(column: str) -> str:
 
 def list_images(folder: Path) -> list[str]:
     """The images below a folder as relative paths, sorted; hidden files and folders are left out."""
-    paths = (path.relative_to(folder) for path in iterate_files(folder, IMAGE_SUFFIXES))
+    files = (path for path in sorted(folder.rglob("*")) if is_image(path) and path.is_file())
+    paths = (path.relative_to(folder) for path in files)
     return [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
 
 
