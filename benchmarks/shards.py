@@ -229,7 +229,7 @@ def main() -> None:
     else:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        rounds, num_files, num_rows = (3, 6, 48) if arguments.quick else (7, 24, 96)
+        rounds, num_files, num_rows = (3, 6, 48) if arguments.quick else (3, 24, 400)
         rows = []
         with tempfile.TemporaryDirectory() as folder:
             archives: list[tuple[str, Path]] = []

@@ -14,7 +14,10 @@ from panfm.config import validate
 from panfm.errors import UserError
 from panfm.evaluation.contamination import AuditSettings, AuditSummary, run_audit
 from panfm.evaluation.contamination_list import AUDIT_SCHEMA, Audit, find_copied, find_seen, read_audit
+from panfm.evaluation.protocol import build_trial
 from panfm.evaluation.results import EncoderCard, TrainedOn
+from panfm.evaluation.splits import load_split
+from panfm.evaluation.tasks import load_task
 from panfm.shards.cards import SourceCard
 from panfm.shards.index import ShardSet, open_shard_set
 from panfm.shards.packing import BuildOptions
@@ -96,6 +99,17 @@ def audited(world: Path) -> tuple[AuditSummary, Audit]:
         task_dir=world / "tasks",
     )
     return summary, read_audit(world / "audit")
+
+
+def compute_result_hash(world: Path) -> str:
+    """The data hash that a result of the task holds, by the code that writes results."""
+    task, clinic = load_task("clinic_diagnosis", world / "tasks"), open_shard_set(world / "clinic")
+    split = load_split(task, clinic, world / "tasks")
+    trial = build_trial(
+        task, split, make_card(world), clinic, protocol="linear", recipe={}, evaluated_on="test", label_fraction=1.0,
+        draw=0, seed=0, num_replicates=0,
+    )  # fmt: skip
+    return trial.data_hash
 
 
 def find_key(shard_set: ShardSet, file: str, world: Path) -> str:
@@ -218,8 +232,7 @@ def test_an_unfinished_or_changed_audit_is_refused(
 
 def test_what_an_encoder_has_seen_depends_on_what_it_left_out(world: Path, audited: tuple[AuditSummary, Audit]) -> None:
     _, audit = audited
-    clinic = open_shard_set(world / "clinic")
-    data_hash = clinic.compute_data_hash()
+    data_hash = compute_result_hash(world)
 
     def look(card: EncoderCard, task: str = "clinic_diagnosis", of: str = data_hash) -> object:
         seen = find_seen(audit, card, task, of)
@@ -244,7 +257,7 @@ def test_test_groups_that_a_run_left_out_were_not_seen(world: Path, tmp_path: Pa
         settings=AuditSettings(inside=False),
     )  # fmt: skip
     audit = read_audit(tmp_path)
-    data_hash = open_shard_set(world / "clinic").compute_data_hash()
+    data_hash = compute_result_hash(world)
     card = make_card(world, "clinic")
     assert len(find_seen(audit, card, "clinic_diagnosis", data_hash).keys or ()) == 8, "every test image, by itself"
     careful = make_card(world, "clinic", excluded_tasks=("clinic_diagnosis",))

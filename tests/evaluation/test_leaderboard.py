@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from panfm.errors import UserError
-from panfm.evaluation.contamination_list import AUDIT_SCHEMA
+from panfm.evaluation.contamination_list import AUDIT_SCHEMA, AUDIT_VERSION
 from panfm.evaluation.leaderboard import LeaderboardSummary, build_leaderboard, format_table
 from panfm.evaluation.results import (
     EncoderCard,
@@ -307,10 +307,10 @@ def write_audit(folder: Path, results: Path, keys: list[str]) -> Path:
     folder.mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=AUDIT_SCHEMA), folder / "audit.parquet")
     manifest = {
-        "audit_version": 1, "audit_sha256": compute_file_sha256(folder / "audit.parquet"),
+        "audit_version": AUDIT_VERSION, "audit_sha256": compute_file_sha256(folder / "audit.parquet"),
         "pretrain": [{"source": "atlas", "data_hash": "ab"}],
-        "evaluation": [{"source": "c", "data_hash": "data-lesions"}],
-        "tasks": [{"task": "lesions", "source": "c"}],
+        "evaluation": [{"source": "c", "data_hash": "of the whole set"}],
+        "tasks": [{"task": "lesions", "source": "c", "data_hash": "data-lesions"}],
     }  # fmt: skip
     (folder / "audit.json").write_text(json.dumps(manifest))
     for path, result in read_results([results]):

@@ -26,8 +26,8 @@ from panfm.errors import UserError
 from panfm.evaluation.contamination_find import find_by_embedding, find_same_groups, keep_first_method
 from panfm.evaluation.contamination_list import AUDIT_FILE, AUDIT_SCHEMA, AUDIT_VERSION, MANIFEST_FILE, METHODS
 from panfm.evaluation.contamination_report import InsideReport, ShownPair, render_csv, render_inside_csv, render_page
-from panfm.evaluation.splits import compute_excluded, load_split
-from panfm.evaluation.tasks import list_tasks, load_task
+from panfm.evaluation.splits import Split, compute_excluded, load_split
+from panfm.evaluation.tasks import TaskCard, list_tasks, load_task
 from panfm.files import compute_file_sha256, open_atomic, write_json, write_text
 from panfm.shards.duplicates import (
     ImageList,
@@ -67,6 +67,7 @@ class TestImages:
     version: int
     source: str
     split_hash: str
+    data_hash: str  # of the task's images, as results name it
     images: NDArray[np.int64]
 
 
@@ -171,6 +172,7 @@ def run_audit(
                 "version": entry.version,
                 "source": entry.source,
                 "split_hash": entry.split_hash,
+                "data_hash": entry.data_hash,
                 "num_test": len(entry.images),
             }
             for entry in test_images
@@ -204,7 +206,7 @@ def _find_test_images(
     """The images of the sets that any task tests on, which task tests on which, and the names of all tasks wanted."""
     names = tuple(list_tasks(task_dir) if tasks == "all" else tasks)
     by_source = {shard_set.source: (number, shard_set) for number, shard_set in enumerate(sets)}
-    found: list[tuple[str, int, int, str, NDArray[np.int64]]] = []
+    found: list[tuple[TaskCard, int, Split, NDArray[np.int64]]] = []
     for name in names:
         card = load_task(name, task_dir)
         if card.source not in by_source:
@@ -216,7 +218,7 @@ def _find_test_images(
             continue
         number, shard_set = by_source[card.source]
         split = load_split(card, shard_set, task_dir)
-        found.append((card.name, card.version, number, split.hash, np.sort(split.rows[split.find("test")])))
+        found.append((card, number, split, np.sort(split.rows[split.find("test")])))
     if sets and not found:
         raise UserError(
             f"--evaluation: no known task is on the sources {', '.join(by_source)}; `panfm evaluate list` shows the "
@@ -224,13 +226,20 @@ def _find_test_images(
         )
     nothing = np.empty(0, dtype=np.int64)
     rows = [
-        np.unique(np.concatenate([nothing, *(entry[4] for entry in found if entry[2] == number)]))
+        np.unique(np.concatenate([nothing, *(own for _, place, _, own in found if place == number)]))
         for number in range(len(sets))
     ]
     starts = np.concatenate([[0], np.cumsum([len(part) for part in rows])]).astype(np.int64)
     test_images = [
-        TestImages(name, version, sets[number].source, split_hash, starts[number] + np.searchsorted(rows[number], own))
-        for name, version, number, split_hash, own in found
+        TestImages(
+            task=card.name,
+            version=card.version,
+            source=card.source,
+            split_hash=split.hash,
+            data_hash=split.compute_data_hash(sets[number]),
+            images=starts[number] + np.searchsorted(rows[number], own),
+        )
+        for card, number, split, own in found
     ]
     return list_images(sets, rows), test_images, names
 

@@ -21,7 +21,7 @@ from panfm.evaluation.results import EncoderCard
 from panfm.files import compute_file_sha256, read_json
 from panfm.shards.index import ShardSet
 
-AUDIT_VERSION = 1
+AUDIT_VERSION = 2  # 2: tasks with the hash of their images
 AUDIT_FILE, MANIFEST_FILE = "audit.parquet", "audit.json"
 METHODS = ("sha256", "phash", "embedding", "same_group")
 AUDIT_SCHEMA = pa.schema(
@@ -115,7 +115,7 @@ def find_copied(audit: Audit, shard_sets: Sequence[ShardSet]) -> dict[str, froze
 def find_seen(audit: Audit, encoder: EncoderCard, task: str, data_hash: str) -> Seen:
     """Find the test images of a task that an encoder may have seen in pretraining.
 
-    data_hash: of the shard set that the task was measured on. A pair counts unless the run left its pretraining image
+    data_hash: of the task's images, as the results name it (`Split.compute_data_hash`). A pair counts unless the run left its pretraining image
     out: with the test groups of a task (`encoder.excluded_tasks`), or by this audit.
     """
     if (reason := _find_gap(audit, encoder, task, data_hash)) is not None or encoder.sources is None:
@@ -139,7 +139,7 @@ def _find_gap(audit: Audit, encoder: EncoderCard, task: str, data_hash: str) -> 
     entry = next((entry for entry in audit.manifest["tasks"] if entry["task"] == task), None)
     if entry is None:
         return "the audit is not of this task"
-    if audit.get_data_hashes("evaluation")[entry["source"]] != data_hash:
+    if entry["data_hash"] != data_hash:
         return "the audit is of other test images"
     if encoder.sources is None:
         return "pretraining data unknown"

@@ -32,7 +32,7 @@ from panfm.evaluation.tasks import TaskCard
 from panfm.files import compute_file_sha256, compute_json_hash
 from panfm.measures.metrics import METRICS
 from panfm.measures.statistics import compute_bootstrap_seed, estimate_metrics
-from panfm.shards.index import ShardSet, compute_data_hash
+from panfm.shards.index import ShardSet
 
 Protocol = Literal["linear_probe", "knn", "finetune"]
 EvaluatedOn = Literal["test", "development"]
@@ -120,7 +120,7 @@ def build_trial(
         card=card,
         split=split,
         encoder=encoder,
-        data_hash=_compute_data_hash(split, shard_set),
+        data_hash=split.compute_data_hash(shard_set),
         protocol=protocol,
         recipe=recipe,
         evaluated_on=evaluated_on,
@@ -261,9 +261,3 @@ def _count_classes(trial: Trial, places: NDArray[np.int64]) -> dict[str, int]:
 
 def _compute_keys_hash(trial: Trial) -> str:
     return compute_json_hash(trial.split.keys[trial.train].tolist())
-
-
-def _compute_data_hash(split: Split, shard_set: ShardSet) -> str:
-    """Hash of the task's images in order of key: shards rebuilt in another order hold the same data."""
-    sha256s = shard_set.table.column("sha256").take(pa.array(split.rows)).to_pylist()
-    return compute_data_hash(split.keys.tolist(), sha256s)

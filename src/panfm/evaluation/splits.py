@@ -32,7 +32,7 @@ from panfm.evaluation.tasks import (
 )
 from panfm.files import compute_json_hash, list_resources, open_atomic
 from panfm.shards.cards import load_card
-from panfm.shards.index import Exclusion, ShardSet
+from panfm.shards.index import Exclusion, ShardSet, compute_data_hash
 
 SPLIT_FOLDER = "evaluation/splits"
 SPLIT_SCHEMA = pa.schema(
@@ -70,6 +70,11 @@ class Split:
     def find(self, *folds: str) -> NDArray[np.int64]:
         """Return the places (not row numbers) of the images in one of `folds`: int64 [n]."""
         return np.flatnonzero(np.isin(self.folds, folds)).astype(np.int64)
+
+    def compute_data_hash(self, shard_set: ShardSet) -> str:
+        """Hash of the task's images in order of key: shards rebuilt in another order hold the same data."""
+        sha256s = shard_set.table.column("sha256").take(pa.array(self.rows)).to_pylist()
+        return compute_data_hash(self.keys.tolist(), sha256s)
 
 
 def load_split(card: TaskCard, shard_set: ShardSet, task_dir: str | Path | None = None) -> Split:

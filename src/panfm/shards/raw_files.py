@@ -9,7 +9,7 @@ them and are never used by its children.
 import os
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from panfm.errors import UserError
@@ -43,7 +43,7 @@ def read_raw(path: Path, member: str | None = None) -> bytes:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is an image by its suffix, or DICOM by its first bytes: exports name files IM00001 or 1.2.840.7."""
+    """Whether a file is an image: by its suffix, or DICOM by its first bytes (exports write IM00001 and 1.2.840.7)."""
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return True
@@ -54,6 +54,13 @@ def is_image(path: Path) -> bool:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
+
+
+def find_stem(path: str) -> str:
+    """The name of a file without its suffix; a number at the end (1.2.840.7) is none."""
+    name = PurePosixPath(path).name
+    suffix = PurePosixPath(name).suffix
+    return name if suffix[1:].isdigit() else name.removesuffix(suffix)
 
 
 def list_members(path: Path) -> frozenset[str]:

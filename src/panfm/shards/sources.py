@@ -21,7 +21,7 @@ from panfm.errors import UserError
 from panfm.shards.amendments import Amendments, read_amendments
 from panfm.shards.cards import MEMBER_MARK, TEMPLATE, SourceCard
 from panfm.shards.cells import PARSERS, PASSED_ON, Cells, ColumnType
-from panfm.shards.raw_files import FileFinder
+from panfm.shards.raw_files import FileFinder, find_stem
 from panfm.shards.records import Record, RecordBuilder, RecordTable
 from panfm.shards.schema import MODALITIES
 from panfm.shards.spreadsheets import to_decimal_point
@@ -151,7 +151,7 @@ def _read_images(
             continue
         path, member = found
         place = path if member is None else f"{path}{MEMBER_MARK}{member}"
-        key = PurePosixPath(member or path).stem if card.columns.get("key") == STEM else cells.text("key")
+        key = find_stem(member or path) if card.columns.get("key") == STEM else cells.text("key")
         if key is not None and len(entries) > 1 and card.columns.get("key") != STEM:
             key = f"{key}#{name}"
         raw_id = key or place

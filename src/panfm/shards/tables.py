@@ -15,7 +15,7 @@ from typing import Any
 
 from panfm.errors import UserError
 from panfm.shards.cards import TEMPLATE, Derived, Join, SourceCard, find_placeholders
-from panfm.shards.raw_files import IMAGE_SUFFIXES, is_image
+from panfm.shards.raw_files import IMAGE_SUFFIXES, find_stem, is_image
 from panfm.shards.spreadsheets import Dialect, read_spreadsheet
 
 PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::((?:[^{}]|\{[0-9,]+\})+))?\}")  # {column} or {column:REGEX} of a listing
@@ -217,8 +217,7 @@ def _open_listing(
                 if match is None or (any_suffix and not is_image(root / path)):
                     continue
                 line += 1
-                stem = file.name if any_suffix and not has_suffix else file.stem
-                row = {"path": path, "stem": stem, "folder": file.parts[0] if len(file.parts) > 1 else ""}
+                row = {"path": path, STEM: find_stem(path), "folder": file.parts[0] if len(file.parts) > 1 else ""}
                 row |= dict.fromkeys(names, "") | {name: text or "" for name, text in match.groupdict().items()}
                 if dicom_tags:
                     row |= _read_dicom_tags(root / path, dicom_tags)
