@@ -1,8 +1,12 @@
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from panfm.errors import UserError
@@ -61,3 +65,20 @@ def test_a_cluster_must_be_there() -> None:
         run_tasks(square, [1], description="squares", executor="dask")
     with pytest.raises(UserError, match=r"scheduler nonsense://nowhere: cannot be reached"):
         run_tasks(square, [1], description="squares", executor="dask", scheduler="nonsense://nowhere")
+
+
+def test_an_interrupt_ends_the_processes_at_once_and_quietly() -> None:
+    program = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run may ignore it
+        "from panfm.executor import run_tasks; run_tasks(time.sleep, [60] * 4, description='', processes=2)"
+    )
+    # A group of its own, all of which a terminal would interrupt.
+    child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(psutil.Process(child.pid).children()) < 3 and time.monotonic() < deadline:  # two and a resource tracker
+        time.sleep(0.01)  # soon enough to find them at their imports
+    workers = psutil.Process(child.pid).children()
+    os.killpg(child.pid, signal.SIGINT)
+    _, errors = child.communicate(timeout=30)
+    assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
+    assert not psutil.wait_procs(workers, timeout=10)[1]

@@ -8,6 +8,7 @@ cluster the tasks of a lost worker are given to another.
 """
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -79,7 +80,8 @@ def _run_in_processes(
         try:
             for number, task in _draw(tasks, running, lambda: processes * IN_FLIGHT):
                 if task is not None:
-                    running[pool.submit(function, task)] = number, size(task)
+                    with _hold_interrupts():  # submit starts processes, and they inherit it
+                        running[pool.submit(function, task)] = number, size(task)
                     continue
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     place, count = running.pop(future)
@@ -90,10 +92,23 @@ def _run_in_processes(
                 f"a process of {processes} was killed, as systems do where memory runs out; start the same command "
                 "again, which goes on where it stopped, with fewer processes"
             ) from None
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):  # what they write is whole or not there
+                for process in multiprocessing.active_children():
+                    process.terminate()
             raise
     return [answers[number] for number in range(len(answers))]
+
+
+@contextmanager
+def _hold_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; processes started in it never see one: their parent ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _draw(

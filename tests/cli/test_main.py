@@ -108,6 +108,17 @@ def test_shards_are_built_and_inspected(shards: Path) -> None:
     assert "melanoma" in run.stdout
 
 
+def test_a_disk_that_takes_no_more_is_one_line(archive: Path, tmp_path: Path) -> None:
+    command = f"ulimit -f 8; exec {sys.executable} -m panfm shards build {archive}/tiny.yaml"
+    run = subprocess.run(
+        ["sh", "-c", f"{command} --root {archive} --out {tmp_path}/shards --processes 1"],
+        check=False, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "Traceback" not in run.stderr
+    assert run.returncode == 2 and "panfm: File too large" in run.stderr.splitlines()[-1]
+    assert not (tmp_path / "shards" / "index.json").exists()
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     run = panfm("--debug", "shards", "inspect", tmp_path)
     assert run.returncode != 0

@@ -106,8 +106,8 @@ def compute_result_hash(world: Path) -> str:
     task, clinic = load_task("clinic_diagnosis", world / "tasks"), open_shard_set(world / "clinic")
     split = load_split(task, clinic, world / "tasks")
     trial = build_trial(
-        task, split, make_card(world), clinic, protocol="linear", recipe={}, evaluated_on="test", label_fraction=1.0,
-        draw=0, seed=0, num_replicates=0,
+        task, split, make_card(world), clinic, protocol="linear_probe", recipe={}, evaluated_on="test",
+        label_fraction=1.0, draw=0, seed=0, num_replicates=0,
     )  # fmt: skip
     return trial.data_hash
 

@@ -268,12 +268,12 @@ def test_no_identifier_gets_through(make_archive: Callable[..., Any], tmp_path: 
 def test_private_ids_need_a_key_outside(make_archive: Callable[..., Any], tmp_path: Path) -> None:
     archive = make_archive(2)
     out = tmp_path / "shards"
-    with pytest.raises(UserError, match=r"card small has identifiers: public.*leave key_file out"):
+    with pytest.raises(UserError, match=r"card small has identifiers: public.*leave it out"):
         build_shards(archive.card, archive.root, out, options=BuildOptions(key_file=tmp_path / "k.key"))
     archive.values["identifiers"] = "private"
-    with pytest.raises(UserError, match=r"card small: identifiers: private needs a secret key; give key_file=FILE"):
+    with pytest.raises(UserError, match=r"card small: identifiers: private needs a secret key; give --key-file FILE"):
         build_shards(archive.card, archive.root, out, options=BuildOptions())
-    with pytest.raises(UserError, match=r"k.key: no such key file.*create_key: true"):
+    with pytest.raises(UserError, match=r"k.key: no such key file.*--create-key"):
         build_shards(archive.card, archive.root, out, options=BuildOptions(key_file=tmp_path / "k.key"))
     with pytest.raises(UserError, match=r"lies inside the shard set"):
         build_shards(archive.card, archive.root, out, options=BuildOptions(key_file=out / "k.key", create_key=True))

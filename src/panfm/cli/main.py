@@ -1,7 +1,7 @@
 """The command line: one file a noun, imports inside each command so that `panfm --help` is instant.
 
 Exit codes: 0 done, 1 some part failed (and was named), 2 the user's input (one line, no traceback), 75 stopped on a
-signal after saving (run the same command again). `--debug` shows tracebacks.
+signal after saving (run the same command again), 130 Ctrl-C. `--debug` shows tracebacks.
 """
 
 import errno
@@ -16,6 +16,7 @@ from panfm.cli import audit, demo, doctor, embed, evaluate, export, leaderboard,
 from panfm.errors import UserError
 
 EXIT_USER = 2
+EXIT_INTERRUPTED = 130  # Ctrl-C
 # What a user's paths, permissions and disks cause; any other OSError is ours to explain with a traceback.
 USER_ERRNOS = {
     errno.ENOENT,
@@ -85,6 +86,10 @@ def main() -> NoReturn:
             raise
         named = f"{error.filename}: " if error.filename else ""
         _stop(f"{named}{error.strerror}; nothing half-written was kept", EXIT_USER)
+    except SystemExit as end:
+        if end.code == EXIT_INTERRUPTED:
+            _stop("stopped; run the same command again to go on", EXIT_INTERRUPTED)
+        raise
     sys.exit(0)  # not reached: the command line exits by itself
 
 

@@ -115,7 +115,7 @@ def find_copied(audit: Audit, shard_sets: Sequence[ShardSet]) -> dict[str, froze
 def find_seen(audit: Audit, encoder: EncoderCard, task: str, data_hash: str) -> Seen:
     """Find the test images of a task that an encoder may have seen in pretraining.
 
-    data_hash: of the task's images, as the results name it (`Split.compute_data_hash`). A pair counts unless the run left its pretraining image
+    data_hash: of the task's images, as its results name it. A pair counts unless the run left its pretraining image
     out: with the test groups of a task (`encoder.excluded_tasks`), or by this audit.
     """
     if (reason := _find_gap(audit, encoder, task, data_hash)) is not None or encoder.sources is None:

@@ -66,15 +66,13 @@ def load_key(path: str | Path, *, shard_folder: str | Path) -> PseudonymKey:
         text = path.read_text(encoding="ascii").strip()
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such key file; to make a new key there, once, set create_key: true (a new key gives every "
+            f"{path}: no such key file; to make a new key there, once, add --create-key (a new key gives every "
             "patient a new id)"
         ) from None
     except (UnicodeDecodeError, IsADirectoryError):
         text = ""
     if not re.fullmatch(r"[0-9a-f]{64}", text):
-        raise UserError(
-            f"{path}: not a key file; it must hold 64 hexadecimal characters, as create_key: true writes them"
-        )
+        raise UserError(f"{path}: not a key file; it must hold 64 hexadecimal characters, as --create-key writes them")
     if path.stat().st_mode & 0o077:
         raise UserError(f"{path}: others than its owner can read this key; run chmod 600 {path}")
     return PseudonymKey(bytes.fromhex(text), "private")

@@ -69,6 +69,9 @@ def iterate_rows(card: SourceCard, root: Path) -> Iterator[tuple[int, Row]]:
             num_kept += 1
             yield line, row
     if not num_rows:
+        if card.listing:
+            patterns = ", ".join(card.listing)
+            raise UserError(f"{where}: has no rows: no image file below {root} fits {patterns}; correct the pattern")
         raise UserError(f"{where}: has no rows; an empty archive cannot become shards")
     if not num_kept:
         raise UserError(f"{where}: none of its {num_rows} rows is among those that `only` of card {card.name} keeps")

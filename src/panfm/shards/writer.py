@@ -143,14 +143,14 @@ def _get_key(card: SourceCard, out: Path, options: BuildOptions) -> PseudonymKey
     if card.identifiers == "public":
         if options.key_file is not None:
             raise UserError(
-                f"key_file ({options.key_file}): card {card.name} has identifiers: public, whose ids are hashed with "
-                "the published key; leave key_file out, or set identifiers: private in the card"
+                f"--key-file {options.key_file}: card {card.name} has identifiers: public, whose ids are hashed with "
+                "the published key; leave it out, or set identifiers: private in the card"
             )
         return PUBLIC_KEY
     if options.key_file is None:
         raise UserError(
-            f"card {card.name}: identifiers: private needs a secret key; give key_file=FILE outside {out} (with "
-            "create_key=true the first time) and keep that file: without it no id can be found again"
+            f"card {card.name}: identifiers: private needs a secret key; give --key-file FILE outside {out} (with "
+            "--create-key the first time) and keep that file: without it no id can be found again"
         )
     read = create_key if options.create_key else load_key
     return read(options.key_file, shard_folder=out)
