@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def test_a_cluster_must_be_there() -> None:
         run_tasks(square, [1], description="squares", executor="dask", scheduler="nonsense://nowhere")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the signal masks of processes from /proc")
 def test_an_interrupt_ends_the_processes_at_once_and_quietly() -> None:
     program = (
         "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run may ignore it
@@ -76,8 +78,12 @@ def test_an_interrupt_ends_the_processes_at_once_and_quietly() -> None:
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while len(psutil.Process(child.pid).children()) < 3 and time.monotonic() < deadline:  # two and a resource tracker
-        time.sleep(0.01)  # soon enough to find them at their imports
+        time.sleep(0.01)
     workers = psutil.Process(child.pid).children()
+    names = [psutil.Process(worker.pid).cmdline()[-1] for worker in workers]
+    masks = [re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text()) for worker in workers]
+    held = [bool(int(mask[1], 16) & 1 << signal.SIGINT - 1) for mask in masks if mask]
+    assert len(held) == 3 and all(held), names  # else they print what they were importing when it came
     os.killpg(child.pid, signal.SIGINT)
     _, errors = child.communicate(timeout=30)
     assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
