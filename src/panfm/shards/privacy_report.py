@@ -73,8 +73,16 @@ FIELDS = {
     "consent_scope": "the same for the whole set",
     "caption_offset": "caption, free text",
     "mask_offset": "outline of the lesion",
+    "source_sha256": "fingerprint of the raw file: whoever holds the file can see that it is in the set",
+    "phash": "fingerprint of what the image looks like: whoever holds the image can find it",
 }
-NAMES = {"caption_offset": "caption", "mask_offset": "lesion mask", "phototype_low": "phototype"}
+NAMES = {
+    "caption_offset": "caption",
+    "mask_offset": "lesion mask",
+    "phototype_low": "phototype",
+    "source_sha256": "fingerprint of the file",
+    "phash": "fingerprint of the picture",
+}
 
 
 @dataclass(frozen=True)
