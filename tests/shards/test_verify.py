@@ -208,3 +208,12 @@ def test_a_shard_with_many_faults_is_summed_up(shards: Path) -> None:
     change_index(shards, samples_sha256=compute_file_sha256(shards / "samples.parquet"))
     of_first = [fault for fault in verify_shard_set(shards).faults if "shard-000000.tar" in fault]
     assert len(of_first) == FAULTS_SHOWN + 1 and of_first[-1].endswith("more faults")
+
+
+def test_a_foreign_file_is_named(shards: Path) -> None:
+    for own in ("datasheet.md", "review/flags.csv"):
+        (shards / own).parent.mkdir(exist_ok=True)
+        (shards / own).write_text("ours")
+    assert get_faults(shards) == ""
+    (shards / "names.csv").write_text("Jane Roe")
+    assert "names.csv: lies in the folder, but is no part of the set; it may name patients" in get_faults(shards)

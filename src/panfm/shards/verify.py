@@ -23,9 +23,11 @@ from pydantic import ValidationError
 
 from panfm.executor import run_tasks
 from panfm.files import compute_file_sha256, compute_sha256
-from panfm.shards.index import SAMPLES_FILE, read_index
+from panfm.shards.index import INDEX_FILE, SAMPLES_FILE, read_index
 from panfm.shards.quality import RejectedImageError, compute_phash, decode_image
 from panfm.shards.schema import SAMPLES_SCHEMA, Sample
+from panfm.shards.slide_plans import OVERLAY_FOLDER
+from panfm.shards.writer import COMPANIONS, QUARANTINE_FILE
 
 MEMBER_NAME = re.compile(r"([A-Za-z0-9_\-]{1,128})\.(json|jpg|png|webp|mask\.png|txt)")
 FAULTS_SHOWN = 20  # a shard; a shifted one would name each of its thousand samples
@@ -105,6 +107,12 @@ def verify_shard_set(path: str | Path, *, deep: bool = False, processes: int = 1
         )
         faults += [fault for answer in answers for fault in answer]
     named = {shard["name"] for shard in index["shards"]}
+    known = named | {INDEX_FILE, SAMPLES_FILE, QUARANTINE_FILE, OVERLAY_FOLDER, *COMPANIONS}
+    faults += [
+        f"{file}: lies in the folder, but is no part of the set; it may name patients, so look at it and move it away"
+        for file in sorted(path.iterdir())
+        if file.name not in known and file.suffix != ".tar"
+    ]
     faults += [
         f"{tar}: lies in the folder, but index.json does not name it"
         for tar in sorted(path.glob("*.tar"))
