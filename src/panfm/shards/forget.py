@@ -36,6 +36,7 @@ from panfm.files import compute_file_sha256, open_atomic, read_json, sync_folder
 from panfm.shards.index import (
     INDEX_FILE,
     PENDING_REMOVAL,
+    QUARANTINE_FILE,
     SAMPLES_FILE,
     ShardSet,
     compute_data_hash,
@@ -46,7 +47,6 @@ from panfm.shards.schema import SAMPLES_SCHEMA
 from panfm.shards.verify import Member, count_samples, read_members
 
 FORGOTTEN_FILE = "forgotten.json"
-QUARANTINE_FILE = "quarantine.csv"
 OVERLAYS = "overlays"
 REVIEW = "review"
 DESCRIPTIONS = ("datasheet.md", "croissant.json")  # made from the set; with fewer samples they would be wrong

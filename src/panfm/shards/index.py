@@ -27,6 +27,7 @@ from panfm.shards.schema import SAMPLES_SCHEMA, SCHEMA_VERSION
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.parquet"
+QUARANTINE_FILE = "quarantine.csv"  # what was left out and why, by hashed key
 PENDING_REMOVAL = ".forget/commit.json"  # there: samples are being removed, and old and new files lie side by side
 MAX_OPEN_FILES = 128  # a process; well below the 1024 that most systems allow
 

@@ -23,11 +23,11 @@ from pydantic import ValidationError
 
 from panfm.executor import run_tasks
 from panfm.files import compute_file_sha256, compute_sha256
-from panfm.shards.index import INDEX_FILE, SAMPLES_FILE, read_index
+from panfm.shards.index import INDEX_FILE, QUARANTINE_FILE, SAMPLES_FILE, read_index
 from panfm.shards.quality import RejectedImageError, compute_phash, decode_image
 from panfm.shards.schema import SAMPLES_SCHEMA, Sample
 from panfm.shards.slide_plans import OVERLAY_FOLDER
-from panfm.shards.writer import COMPANIONS, QUARANTINE_FILE
+from panfm.shards.writer import COMPANIONS
 
 MEMBER_NAME = re.compile(r"([A-Za-z0-9_\-]{1,128})\.(json|jpg|png|webp|mask\.png|txt)")
 FAULTS_SHOWN = 20  # a shard; a shifted one would name each of its thousand samples

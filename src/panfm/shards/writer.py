@@ -25,7 +25,7 @@ from panfm.errors import UserError
 from panfm.executor import run_tasks
 from panfm.files import compute_file_sha256, open_atomic, read_json, write_json
 from panfm.shards.cards import SourceCard
-from panfm.shards.index import INDEX_FILE, SAMPLES_FILE, open_shard_set
+from panfm.shards.index import INDEX_FILE, QUARANTINE_FILE, SAMPLES_FILE, open_shard_set
 from panfm.shards.packing import BUILD_FOLDER, BuildOptions, FinishedShard, write_shard
 from panfm.shards.planning import (
     BuildPlan,
@@ -42,7 +42,6 @@ from panfm.shards.sources import compare_with_expected, read_records
 
 __all__ = ["BuildOptions", "BuildReport", "Rejection", "build_shards"]
 
-QUARANTINE_FILE = "quarantine.csv"
 # What else a finished set may hold, written by other commands; a build leaves it alone.
 COMPANIONS = ("datasheet.md", "croissant.json", "review", "forgotten.json")
 MAX_REPORTED = 1000  # rejections that a report names; quarantine.csv has all
