@@ -19,6 +19,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from panfm.errors import UserError
+from panfm.shards import writer
 from panfm.shards.cards import SourceCard, load_card
 from panfm.shards.index import open_shard_set
 from panfm.shards.privacy import PUBLIC_KEY, pseudonymise
@@ -514,3 +515,18 @@ def test_a_private_archive_needs_its_legal_basis(make_archive: Callable[..., Any
         build_shards(archive.card, archive.root, tmp_path / "shards", options=options)
     archive.values["legal_basis"] = "approved by the ethics committee"
     assert build_shards(archive.card, archive.root, tmp_path / "shards", options=options).num_samples == 12
+
+
+def test_what_a_lost_worker_was_writing_is_taken_away(
+    make_archive: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, out = make_archive(), tmp_path / "shards"
+    count_all = writer._count_all
+
+    def lose_a_worker(plan: Any) -> Any:
+        (out / "shard-000001.tar.tmp-lost").write_bytes(b"half an image")
+        return count_all(plan)
+
+    monkeypatch.setattr(writer, "_count_all", lose_a_worker)
+    build_shards(archive.card, archive.root, out, options=SMALL)
+    assert not list(out.glob("*.tmp-*"))

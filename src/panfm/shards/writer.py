@@ -123,6 +123,7 @@ def build_shards(card: SourceCard, root: Path, out: Path, *, options: BuildOptio
         path.unlink()  # empty, or left by an interrupted build of another plan
     _write_samples(plan, kept, counts)
     _write_quarantine(plan)
+    _remove_torn_files(out)
     write_json(out / INDEX_FILE, _make_index(plan, key, kept, counts))
     _remove_build_folder(out)
     return BuildReport(
@@ -166,9 +167,7 @@ def _prepare_folder(out: Path) -> None:
                 f"{out}: holds {path.name}, which is no part of a shard set; give --out an empty or new folder"
             )
     (out / BUILD_FOLDER).mkdir(parents=True, exist_ok=True)
-    for folder in (out, out / BUILD_FOLDER, out / OVERLAY_FOLDER):
-        for path in folder.glob("*.tmp-*"):
-            path.unlink()
+    _remove_torn_files(out)
 
 
 def _report_complete(card: SourceCard, out: Path, plan_hash: str, differences: tuple[str, ...]) -> BuildReport:
@@ -350,6 +349,13 @@ def _make_index(plan: BuildPlan, key: PseudonymKey, kept: list[int], counts: _Co
             for shard in shards
         ],
     }
+
+
+def _remove_torn_files(out: Path) -> None:
+    """Take away what a killed build, or a worker that its cluster lost, was writing: it holds images."""
+    for folder in (out, out / BUILD_FOLDER, out / OVERLAY_FOLDER):
+        for path in folder.glob("*.tmp-*"):
+            path.unlink()
 
 
 def _remove_build_folder(out: Path) -> None:
