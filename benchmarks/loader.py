@@ -31,7 +31,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,12 @@ from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
+from panfm.data.batch import Batch
 from panfm.data.loader import DataConfig, ExcludeConfig, Loader, LoaderState, build_loader
 from panfm.data.mixture import MixtureConfig
-from panfm.data.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, sample_box
+from panfm.data.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, sample_views
 from panfm.shards.cards import SourceCard
+from panfm.shards.index import open_shard_set
 from panfm.shards.writer import BuildOptions, build_shards
 
 SIDE = 224
@@ -156,9 +157,9 @@ def build_set(root: Path, num_samples: int) -> Path:
 # ------------------------------------------------------------------------------------------------ the sides
 
 
-def build_ours(shards: Path, batch_size: int, views: int, workers: int) -> Loader:
-    """panfm's loader with crops and mirrorings alone: the idiom turns nothing and leaves colour as it is."""
-    augment = AugmentConfig(
+def make_augment(views: int) -> AugmentConfig:
+    """Crops and mirrorings alone: the idiom turns nothing and leaves colour as it is."""
+    return AugmentConfig(
         image_size=SIDE,
         views=views,
         crop_scale=CROP_SCALE,
@@ -168,10 +169,13 @@ def build_ours(shards: Path, batch_size: int, views: int, workers: int) -> Loade
         saturation=0.0,
         white_balance=0.0,
     )
+
+
+def build_ours(shards: Path, batch_size: int, views: int, workers: int) -> Loader:
     return build_loader(
         DataConfig(shards=(str(shards),), exclude=ExcludeConfig(tasks="none"), workers=workers, prefetch=PREFETCH),
         MixtureConfig(),
-        augment,
+        make_augment(views),
         mask=None,
         mask_grid=(SIDE // 16, SIDE // 16),
         seed=0,
@@ -181,31 +185,28 @@ def build_ours(shards: Path, batch_size: int, views: int, workers: int) -> Loade
     )
 
 
-def list_views(loader: Loader, num_positions: int) -> tuple[list[str], dict[str, list[list[View]]]]:
-    """What panfm draws first: the key at each position, and each key's views, one list a time that it is drawn."""
-    examples, augment = loader._examples, loader._examples.augment
-    table = loader._shard_sets[0].table
-    keys, sizes = (
-        table["key"].to_pylist(),
-        list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)),
-    )
-    rows = [int(examples.table.row[sample]) for sample in examples._stream.compute_samples(range(num_positions))]
-    views: dict[str, list[list[View]]] = {}
-    for position, row in enumerate(rows):
-        drawn = []
-        for number in range(augment.views):
-            rng = examples._make_rng("view", position, number)
-            box = sample_box(sizes[row], CROP_SCALE, augment.aspect_ratio, SIDE, rng)
-            drawn.append(View(box, bool(rng.random() < 0.5)))
-        views.setdefault(keys[row], []).append(drawn)
-    return [keys[row] for row in rows], views
+def list_views(
+    loader: Loader, shards: Path, num_views: int, num_samples: int
+) -> tuple[Batch, list[str], dict[str, list[View]]]:
+    """What panfm draws in its first epoch: the batch, the key at each position, and each key's views."""
+    table = open_shard_set(shards).table
+    drawn = loader.draw(range(num_samples))
+    keys, views = [], {}
+    for sample in drawn.samples:
+        key = table["key"][sample.row].as_py()
+        size = (table["width"][sample.row].as_py(), table["height"][sample.row].as_py())
+        plans = sample_views(size, sample.modality, loader.make_view_rngs(sample.position), make_augment(num_views))
+        assert key not in views and all(plan.jitter is None and not plan.quarter_turns for plan in plans)
+        keys.append(key)
+        views[key] = [View(plan.box, plan.mirrored) for plan in plans]
+    return drawn.batch, keys, views
 
 
 class Idiom:
     """The idiom's transform: what v2.RandomResizedCrop and v2.RandomHorizontalFlip do, with given draws."""
 
-    def __init__(self, views: dict[str, list[list[View]]], tensors_first: bool) -> None:
-        self.views = {key: cycle(drawn) for key, drawn in views.items()}
+    def __init__(self, views: dict[str, list[View]], tensors_first: bool) -> None:
+        self.views = views
         self.tensors_first = tensors_first
         self.to_image = v2.ToImage()
         self.finish = v2.Compose(
@@ -219,7 +220,7 @@ class Idiom:
         )
 
     def cut(self, key: str, image: Any) -> Iterator[torch.Tensor]:
-        for view in next(self.views[key]):
+        for view in self.views[key]:
             left, top, right, bottom = view.box
             picture = functional.resized_crop(
                 image, top, left, bottom - top, right - left, [SIDE, SIDE], InterpolationMode.BICUBIC, antialias=True
@@ -243,8 +244,7 @@ def build_idiom(shards: Path, archive: Archive, transform: Idiom) -> DataLoader:
 def check_same_views(shards: Path, archive: Archive) -> None:
     """panfm's first batch is what the idiom makes of the same images with the same boxes: 33 dB, mean over pixels."""
     with build_ours(shards, archive.batch_size, 2, workers=0) as loader:
-        keys, views = list_views(loader, archive.batch_size)
-        batch = next(loader.iterate(LoaderState(0, 0), rank=0, world_size=1))[0]
+        batch, keys, views = list_views(loader, shards, 2, archive.batch_size)
     for tensors_first in (False, True):
         idiom = Idiom(views, tensors_first)
         found = 0
@@ -331,9 +331,9 @@ def measure_archive(shards: Path, archive: Archive, views: int, rounds: int, qui
         return len(stored) / (time.process_time() - start)
 
     ours = build_ours(shards, archive.batch_size, views, workers=1)
-    _, drawn = list_views(ours, 4 * archive.num_samples)
+    _, _, drawn = list_views(ours, shards, views, archive.num_samples)
     running = {
-        "panfm": Side(ours.iterate(LoaderState(0, 0), rank=0, world_size=1), archive.batch_size),
+        "panfm": Side(ours.iterate(LoaderState(0), rank=0, world_size=1), archive.batch_size),
         "idiom": Side(build_idiom(shards, archive, Idiom(drawn, tensors_first=False)), archive.batch_size),
     }
     if not quick:

@@ -83,13 +83,17 @@ def test_wandb_offline_stays_inside_the_run_folder(tmp_path: Path) -> None:
         folder.mkdir()
     code = (
         "from pathlib import Path; from panfm.tracking import TrackingConfig, open_wandb\n"
-        f"with open_wandb(TrackingConfig(), Path({str(run)!r}), {{'a': 1}}) as log: log({{'step': 1, 'loss': 0.5}})\n"
+        "from PIL import Image\n"
+        f"with open_wandb(TrackingConfig(), Path({str(run)!r}), {{'a': 1}}) as log:\n"
+        "    log({'step': 2, 'loss': 0.5, 'pictures': Image.new('RGB', (4, 4))})\n"
+        "    log({'step': 1, 'loss': 0.6})\n"  # after a rollback
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "XDG"))}
     environment |= {"HOME": str(home), "TMPDIR": str(tmp_path)}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=work, env=environment, capture_output=True, text=True, check=True
     )
-    assert list((run / "wandb").glob("offline-run-*"))
+    (session,) = (run / "wandb").glob("offline-run-*")
+    assert len(list((session / "files" / "media").rglob("*.png"))) == 1
     assert [str(path) for path in (*home.rglob("*"), *work.rglob("*"))] == []
-    assert "loss" not in result.stdout
+    assert "loss" not in result.stdout and "step" not in result.stderr  # no record was refused for going back

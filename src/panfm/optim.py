@@ -39,6 +39,10 @@ class OptimConfig:
     """Added to the root of the second moment."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the rate from one encoder block to the one below; 1 from scratch, 0.65-0.85 from trained weights."""
+    freeze_encoder_samples: int = Field(default=0, ge=0)
+    """Samples at the start over which only the heads learn; 0 from scratch, 1000 to 2000 steps' worth from trained
+    weights, which the gradients of random heads would pull apart. The encoder's rate is 0 meanwhile, and AdamW
+    gathers its moments, so that its first step is as well measured as any."""
 
 
 @config_class
@@ -86,8 +90,18 @@ def compute_lr(optim: OptimConfig, schedule: ScheduleConfig, step: int, global_b
     return peak * (schedule.final_lr_share + (1 - schedule.final_lr_share) * remaining[schedule.shape])
 
 
-def check_schedule(schedule: ScheduleConfig) -> None:
-    """Refuse a warm-up that is longer than the run (UserError)."""
+def is_encoder_frozen(optim: OptimConfig, step: int, global_batch_size: int) -> bool:
+    """Whether only the heads learn at optimizer step `step` (0-based)."""
+    return step * global_batch_size < optim.freeze_encoder_samples
+
+
+def check_schedule(schedule: ScheduleConfig, optim: OptimConfig) -> None:
+    """Refuse a warm-up that is longer than the run, of all weights or of the heads (UserError)."""
+    if optim.freeze_encoder_samples >= schedule.total_samples:
+        raise UserError(
+            f"optim.freeze_encoder_samples ({optim.freeze_encoder_samples}) must be less than schedule.total_samples "
+            f"({schedule.total_samples}), else the encoder never learns; 1 to 2 % of the run is usual"
+        )
     if schedule.warmup_samples > schedule.total_samples:
         raise UserError(
             f"schedule.warmup_samples ({schedule.warmup_samples}) must not exceed schedule.total_samples "
@@ -96,10 +110,11 @@ def check_schedule(schedule: ScheduleConfig) -> None:
 
 
 def build_param_groups(model: nn.Module, encoder: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Split the trainable parameters of `model` into AdamW groups {params, names, lr_scale, weight_decay}.
+    """Split the trainable parameters of `model` into AdamW groups {params, names, lr_scale, weight_decay, waits}.
 
-    The encoder's embeddings are layer 0, block i is layer i + 1, everything after the blocks and outside the encoder
-    has lr_scale 1; a layer's lr_scale is layer_decay ** (distance from the top). Weight decay falls on the weights of
+    A group that waits has a rate of 0 while the heads warm up: the encoder's groups, if `optim` freezes it at all. The
+    encoder's embeddings are layer 0, block i is layer i + 1, everything after the blocks and outside the encoder has
+    lr_scale 1; a layer's lr_scale is layer_decay ** (distance from the top). Weight decay falls on the weights of
     linear layers and convolutions only. Groups come in a fixed order, from the bottom layer to the top.
     """
     num_layers = count_encoder_layers(encoder)
@@ -111,19 +126,21 @@ def build_param_groups(model: nn.Module, encoder: nn.Module, optim: OptimConfig)
         for parameter in module.parameters(recurse=False)
         if parameter.ndim >= 2
     }
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = get_layer(encoder_names[id(parameter)], num_layers) if id(parameter) in encoder_names else num_layers
-        key = (layer, id(parameter) in decayed)
+        waits = optim.freeze_encoder_samples > 0 and id(parameter) in encoder_names
+        key = (layer, waits, id(parameter) in decayed)
         group = groups.setdefault(
             key,
             {
                 "params": [],
                 "names": [],
                 "lr_scale": optim.layer_decay ** (num_layers - layer),
-                "weight_decay": optim.weight_decay if key[1] else 0.0,
+                "weight_decay": optim.weight_decay if id(parameter) in decayed else 0.0,
+                "waits": waits,
             },
         )
         group["params"].append(parameter)
@@ -156,17 +173,17 @@ def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.o
     )
 
 
-def set_lr(param_groups: list[dict[str, Any]], lr: float) -> None:
-    """Set every group's learning rate to `lr` times its own lr_scale."""
+def set_lr(param_groups: list[dict[str, Any]], lr: float, *, freeze_encoder: bool = False) -> None:
+    """Set every group's learning rate to `lr` times its own lr_scale; to 0 where it waits for the heads to warm up."""
     for group in param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = 0.0 if freeze_encoder and group["waits"] else lr * group["lr_scale"]
 
 
 def _merge_layers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without layer decay two groups are enough: each group is one launch of the optimizer and one ZeRO partition."""
-    merged: dict[float, dict[str, Any]] = {}
+    """Without layer decay fewer groups are enough: each is one launch of the optimizer and one ZeRO partition."""
+    merged: dict[tuple[float, bool], dict[str, Any]] = {}
     for group in groups:
-        known = merged.setdefault(group["weight_decay"], {**group, "params": [], "names": []})
+        known = merged.setdefault((group["weight_decay"], group["waits"]), {**group, "params": [], "names": []})
         known["params"] += group["params"]
         known["names"] += group["names"]
     return list(merged.values())

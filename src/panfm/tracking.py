@@ -140,8 +140,9 @@ def compute_running_mean(values: Sequence[float], width: int) -> list[float]:
 def open_wandb(config: TrackingConfig, run: Path, settings: Mapping[str, Any]) -> Iterator[Callable[[Record], None]]:
     """A wandb run for the length of a `with`; yields a function that logs one record under its step.
 
-    Everything that wandb writes stays under `run`/wandb: its caches and settings too, which it would else keep in the
-    home folder. A resumed run folder continues its wandb run. With `disabled` nothing is imported.
+    A value that is a Pillow image is shown as one. Everything that wandb writes stays under `run`/wandb: its caches and
+    settings too, which it would else keep in the home folder. A resumed run folder continues its wandb run. With
+    `disabled` nothing is imported.
     """
     if config.wandb == "disabled":
         yield lambda record: None
@@ -165,10 +166,18 @@ def open_wandb(config: TrackingConfig, run: Path, settings: Mapping[str, Any]) -
         config=dict(settings),
         settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True, x_disable_stats=True),
     )
+    # The record's own step is the axis: wandb's may not go back, as a resumed run and a rollback do.
+    session.define_metric("*", step_metric="step")
+
+    def log(record: Record) -> None:
+        values = {key: value for key, value in record.items() if value is not None}
+        for key, value in values.items():
+            if isinstance(value, Image.Image):
+                values[key] = wandb.Image(value)
+        session.log(values)
+
     try:
-        yield lambda record: session.log(
-            {key: value for key, value in record.items() if value is not None}, step=record["step"]
-        )
+        yield log
     finally:
         session.finish()
 

@@ -4,22 +4,34 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.ndimage import label
+from scipy.ndimage import binary_dilation, label
 
 from panfm.config import validate
-from panfm.data.masking import MaskConfig, num_hidden, sample_mask
+from panfm.data.masking import MaskConfig, _grow, num_hidden, sample_mask
 from panfm.errors import UserError
 
 KINDS = ("random", "block", "inverse_block")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_grid_of_up_to_forty_patches_a_side_has_its_number(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    for height, width in itertools.product(range(1, 41), repeat=2):
+        for ratio in (0.0, 0.3, 0.75, 0.999) if height * width <= 64 else (0.6,):
+            config = MaskConfig(kind=kind, ratio=ratio)
+            mask = sample_mask(config, (height, width), rng)
+            assert mask.shape == (height * width,) and mask.dtype == np.bool_
+            assert int(mask.sum()) == num_hidden(config, (height, width)) < height * width
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     ratio=st.floats(0.0, 0.999),
-    height=st.integers(1, 20),
-    width=st.integers(1, 20),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
     seed=st.integers(0, 2**32),
 )
 def test_every_mask_hides_exactly_the_asked_number(kind: str, ratio: float, height: int, width: int, seed: int) -> None:
@@ -27,7 +39,7 @@ def test_every_mask_hides_exactly_the_asked_number(kind: str, ratio: float, heig
     mask = sample_mask(config, (height, width), np.random.default_rng(seed))
     assert mask.shape == (height * width,) and mask.dtype == np.bool_
     assert int(mask.sum()) == num_hidden(config, (height, width))
-    assert num_hidden(config, (height, width)) == min(int(ratio * height * width + 0.5), height * width - 1)
+    assert num_hidden(config, (height, width)) == min(int(ratio * (height * width) + 0.5), height * width - 1)
 
 
 def test_counts_that_papers_use() -> None:
@@ -89,3 +101,28 @@ def test_inverse_blocks_leave_blocks_visible() -> None:
 def test_a_row_of_patches_is_filled_too() -> None:
     for kind, grid in itertools.product(KINDS, [(1, 12), (12, 1), (1, 1), (2, 2)]):
         assert sample_mask(MaskConfig(kind=kind, ratio=0.5), grid, np.random.default_rng(0)).size == grid[0] * grid[1]
+
+
+@pytest.mark.parametrize("grid", [(1, 9), (9, 1), (2, 7), (7, 2), (6, 5)])
+def test_a_remainder_grows_ring_by_ring_and_never_around_the_border(grid: tuple[int, int]) -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        before = rng.random(grid) < 0.2
+        before[rng.integers(grid[0]), rng.integers(grid[1])] = True
+        missing = int(rng.integers(0, before.size - before.sum() + 1))
+        grown = _grow(sum(1 << int(cell) for cell in np.flatnonzero(before)), missing, grid, rng)
+        after = np.array([grown >> cell & 1 for cell in range(before.size)], dtype=np.bool_).reshape(grid)
+        assert grown < 1 << before.size and after.sum() == before.sum() + missing
+        inner, left = before, missing
+        while 0 < (ring := binary_dilation(inner) & ~inner).sum() <= left:
+            inner, left = inner | ring, left - ring.sum()
+        assert after[inner].all() and not after[~inner & ~ring].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_side_of_the_grid_is_preferred(kind: str) -> None:
+    rng = np.random.default_rng(4)
+    mean = np.mean([sample_mask(MaskConfig(kind=kind, ratio=0.5), (8, 8), rng) for _ in range(1500)], axis=0)
+    mean = mean.reshape(8, 8)
+    for other in (mean[::-1], mean[:, ::-1], mean.T):
+        assert np.abs(mean - other).max() < 0.09

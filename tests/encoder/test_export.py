@@ -54,11 +54,15 @@ def make_checkpoint(
 
 
 SMALL = EncoderConfig(name="test_vit", image_size=48, patch_size=8, num_registers=2, layer_scale=0.5)
+ROTARY = EncoderConfig(
+    name="vit_tiny_patch16_dinov3_qkvb", image_size=48, patch_size=8, num_registers=2, layer_scale=0.5
+)
 
 
+@pytest.mark.parametrize("config", [SMALL, ROTARY], ids=["absolute", "rotary"])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "cls_mean"])
-def test_the_features_are_the_same_in_timm_and_panfm(tmp_path: Path, pooling: str) -> None:
-    out = export_encoder(make_checkpoint(tmp_path / "step-1", SMALL, pooling), tmp_path / "out")
+def test_the_features_are_the_same_in_timm_and_panfm(tmp_path: Path, pooling: str, config: EncoderConfig) -> None:
+    out = export_encoder(make_checkpoint(tmp_path / "step-1", config, pooling), tmp_path / "out")
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md",
         "config.json",
@@ -74,7 +78,7 @@ def test_the_features_are_the_same_in_timm_and_panfm(tmp_path: Path, pooling: st
     image = transform(Image.open(tmp_path / "image.png"))[None]
     assert image.shape == (1, 3, 48, 48)
     with torch.no_grad():
-        tokens = theirs.forward_features(image)  # [1, 1 + 2 + 36, 64]
+        tokens = theirs.forward_features(image)  # [1, 1 + 2 + 36, 64 or 192]
         expected = {
             "mean": theirs(image),
             "cls": theirs(image),
@@ -187,10 +191,14 @@ def test_the_terms_of_a_teacher_bind_its_pupil(tmp_path: Path) -> None:
     shutil.rmtree(teacher)
     with pytest.raises(UserError, match="which is not there"):
         export_encoder(pupil, tmp_path / "out", use="commercial")
-    config = {"encoder": {"init": "timm:vit_tiny_patch16_224"}}
-    other = make_checkpoint(tmp_path / "step-3", SMALL, sources=(free,), config=config)
-    readme = (export_encoder(other, tmp_path / "other", use="commercial") / "README.md").read_text()
-    assert "began from or learned from timm:vit_tiny_patch16_224, whose own terms bind it too" in readme
+    for init, name in (
+        ("timm:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("/data/mae_vitb.pth", "mae_vitb.pth"),
+    ):
+        config = {"encoder": {"init": init}}
+        other = make_checkpoint(tmp_path / f"from-{name}", SMALL, sources=(free,), config=config)
+        readme = (export_encoder(other, tmp_path / "other", use="commercial") / "README.md").read_text()
+        assert f"began from or learned from {name}, whose own terms bind it too" in readme
 
 
 def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path: Path) -> None:

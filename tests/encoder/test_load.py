@@ -18,6 +18,7 @@ from panfm.encoder import Encoder, load_encoder
 from panfm.encoder import load as load_module
 from panfm.errors import UserError
 from panfm.evaluation.results import EncoderCard
+from panfm.objectives.targets import compute_teacher_targets
 
 VIT = "timm:test_vit@random:0"
 
@@ -69,13 +70,38 @@ def test_poolings_of_a_vit_are_those_of_its_normalised_tokens() -> None:
         encoder = load_encoder(f"{VIT}?pooling={pooling}")
         torch.testing.assert_close(encoder.forward(images), values, rtol=1e-4, atol=1e-5)
         assert (encoder.pooling, encoder.embed_dim) == (pooling, values.shape[1])
-    torch.testing.assert_close(load_encoder(VIT).forward_tokens(images), tokens[:, 1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(load_encoder(VIT).forward_tokens(images), tokens, rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_are_normalised_where_the_norm_lies_behind_the_pooling() -> None:
     tokens = load_encoder("timm:test_vit2@random:0").forward_tokens(make_images(2, 160))
     torch.testing.assert_close(tokens.mean(dim=-1), torch.zeros(2, 100), rtol=0, atol=1e-5)
     torch.testing.assert_close(tokens.std(dim=-1, correction=0), torch.ones(2, 100), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("address", "has_cls", "num_registers"),
+    [
+        (VIT, True, 0),
+        ("timm:vit_tiny_patch16_dinov3_qkvb@random:0?image_size=64", True, 4),
+        ("timm:test_vit2@random:0", False, 1),
+    ],
+)
+def test_a_teachers_class_token_is_the_target_of_the_whole_image(
+    address: str, has_cls: bool, num_registers: int
+) -> None:
+    encoder = load_encoder(address)
+    size = encoder.image_size
+    images = make_images(2, size)
+    network = encoder.module
+    with torch.no_grad():
+        tokens = network.norm_behind_pooling(network.model.forward_features(encoder.transform.normalise(images)))
+    assert network.num_prefix_tokens == has_cls + num_registers and encoder.token_grid(size) == (size // 16, size // 16)
+    targets = compute_teacher_targets(encoder, images, (size // 16, size // 16), "none")
+    patches = tokens[:, has_cls + num_registers :]  # neither a register nor CLS is a place
+    torch.testing.assert_close(targets.patches, patches, rtol=1e-4, atol=1e-5)
+    whole = tokens[:, 0] if has_cls else patches.mean(dim=1)
+    torch.testing.assert_close(targets.whole, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cnn_teacher_gives_its_stride_16_map_row_by_row(tmp_path: Path) -> None:
@@ -99,7 +125,7 @@ def test_a_vit_teacher_resizes_images_to_its_own_size() -> None:
     images = make_images(2, 96)
     x = F.interpolate(normalise(images), (64, 64), mode="bilinear", antialias=True, align_corners=False)
     with torch.no_grad():
-        expected = encoder.module.model.forward_features(x)[:, 1:]
+        expected = encoder.module.model.forward_features(x)
     assert encoder.token_grid(96) == (4, 4)
     torch.testing.assert_close(encoder.forward_tokens(images), expected, rtol=1e-4, atol=1e-5)
 

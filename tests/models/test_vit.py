@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -12,6 +13,7 @@ from panfm.config import validate
 from panfm.errors import UserError
 from panfm.models.vit import (
     EncoderConfig,
+    Vit,
     build_vit,
     compute_sincos_positions,
     encode_visible,
@@ -22,7 +24,9 @@ from panfm.models.vit import (
     take_tokens,
 )
 
-SMALL = partial(VisionTransformer, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+ROTARY = {"img_size": 32, "use_abs_pos_emb": False, "use_rot_pos_emb": True, "dynamic_img_size": True}
+DINOV3 = ROTARY | {"rope_type": "dinov3", "rope_temperature": 100, "rope_rotate_half": True, "num_reg_tokens": 4}
 LAYOUTS = {
     "cls": {"img_size": 32},
     "not square": {"img_size": (24, 40)},
@@ -33,40 +37,99 @@ LAYOUTS = {
     "any image size": {"img_size": 32, "dynamic_img_size": True},
     "no positions": {"img_size": 32, "pos_embed": "none"},
 }
+ROTARY_LAYOUTS = {
+    "dinov3": DINOV3 | {"init_values": 0.1},
+    "dinov3, not square": DINOV3 | {"img_size": (24, 40), "qkv_bias": False},
+    "rotary and absolute": ROTARY | {"use_abs_pos_emb": True, "class_token": True, "swiglu_mlp": True},
+    "axial, attention of timm": ROTARY | {"attn_type": "rope", "rope_grid_indexing": "xy"},
+    "mixed": ROTARY | {"attn_type": "rope", "rope_type": "mixed"},
+    "rotary for one image size": ROTARY | {"dynamic_img_size": False},
+}
+ALL_LAYOUTS = [*LAYOUTS, *ROTARY_LAYOUTS]
 
 
-def make_vit(layout: str) -> VisionTransformer:
+def make_vit(layout: str) -> Vit:
     torch.manual_seed(0)
-    vit = SMALL(**LAYOUTS[layout]).double()
+    if layout in LAYOUTS:
+        vit: Vit = VisionTransformer(**(SMALL | LAYOUTS[layout]))
+    else:
+        norm = {"use_fc_norm": False, "norm_layer": partial(nn.LayerNorm, eps=1e-5)}
+        vit = Eva(**(SMALL | norm | ROTARY_LAYOUTS[layout]))
+    vit = vit.double()
     for parameter in vit.parameters():  # zero biases and unit scales would hide a mistake
         nn.init.normal_(parameter, std=0.2)
     return vit
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def make_images(vit: Vit, number: int) -> torch.Tensor:
+    rows, columns = get_patch_grid(vit)
+    return torch.randn(number, 3, 8 * rows, 8 * columns, dtype=torch.float64)
+
+
+def run_timms_blocks(vit: Vit, image: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """timm's own tokens of one image with those rows that `keep` [prefix + N] leaves, positions taken by timm."""
+    x = vit._pos_embed(vit.patch_embed(image[None]))
+    x, rotations = x if isinstance(x, tuple) else (x, None)
+    x = vit.norm_pre(x)[:, keep]
+    for number, block in enumerate(vit.blocks):
+        if rotations is None:
+            x = block(x)
+        else:
+            own = rotations[number] if vit.rope_mixed else rotations
+            x = block(x, rope=own[..., keep[vit.num_prefix_tokens :], :])
+    return vit.norm(x)[0]
+
+
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_visible_tokens_equal_timm_with_the_hidden_ones_cut_out(layout: str) -> None:
     vit = make_vit(layout)
+    images = make_images(vit, 3)
     rows, columns = get_patch_grid(vit)
-    images = torch.randn(3, 3, 8 * rows, 8 * columns, dtype=torch.float64)
     mask = torch.rand(3, rows * columns).argsort(dim=1) < 5  # five hidden, in other places in each image
     tokens = encode_visible(vit, images, mask)
 
     for image, hidden, own in zip(images, mask, tokens, strict=True):
-        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))
         keep = torch.cat([torch.ones(vit.num_prefix_tokens, dtype=torch.bool), ~hidden])
-        expected = vit.norm(vit.blocks(x[:, keep]))[0]
-        torch.testing.assert_close(own, expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(own, run_timms_blocks(vit, image, keep), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_without_hidden_patches_it_is_timms_forward(layout: str) -> None:
     vit = make_vit(layout)
+    images = make_images(vit, 2)
     rows, columns = get_patch_grid(vit)
-    images = torch.randn(2, 3, 8 * rows, 8 * columns, dtype=torch.float64)
     expected = vit.forward_features(images)
     torch.testing.assert_close(encode_visible(vit, images, None), expected, rtol=0, atol=1e-11)
     nothing = torch.zeros(2, rows * columns, dtype=torch.bool)
     torch.testing.assert_close(encode_visible(vit, images, nothing), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("layout", ["cls", "registers, positions on patches only", "dinov3", "rotary and absolute"])
+def test_another_image_size_has_positions_of_its_own_as_in_timm(layout: str) -> None:
+    vit, theirs = make_vit(layout), make_vit(layout)
+    if not theirs.dynamic_img_size:
+        theirs.set_input_size(img_size=(16, 48))  # timm resamples the table itself, bicubic and antialiased
+    images = torch.randn(2, 3, 16, 48, dtype=torch.float64)  # a grid of 2 x 6 where the encoder's is 4 x 4
+    expected = theirs.forward_features(images)
+    tokens = encode_visible(vit, images, None)
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-6)  # timm resamples in float32
+    assert get_patch_grid(vit) == (4, 4)
+
+    mask = torch.arange(12).expand(2, 12) % 3 == 0
+    tokens = encode_visible(vit, images, mask)
+    assert tokens.shape == (2, vit.num_prefix_tokens + 8, 32)
+    tokens.square().sum().backward()
+    assert [name for name, parameter in vit.named_parameters() if parameter.grad is None] == []
+
+
+def test_an_image_that_patches_do_not_tile_is_refused() -> None:
+    with pytest.raises(AssertionError, match=r"\(32, 36\) pixels"):
+        encode_visible(make_vit("cls"), torch.zeros(1, 3, 32, 36, dtype=torch.float64), None)
+
+
+def test_rotary_positions_made_for_one_size_are_not_used_for_another() -> None:
+    with pytest.raises(AssertionError, match="rotary positions for 16 patches"):
+        encode_visible(make_vit("rotary for one image size"), torch.zeros(1, 3, 16, 16, dtype=torch.float64), None)
 
 
 def test_hidden_pixels_have_no_influence_and_visible_ones_have() -> None:
@@ -95,8 +158,9 @@ def test_normalising_visible_patches_equals_normalising_images() -> None:
         torch.testing.assert_close(ours, encode_visible(vit, normalise(images), choice), rtol=0, atol=1e-6)
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    vit = make_vit("cls")
+@pytest.mark.parametrize("layout", ["cls", "dinov3", "mixed"])
+def test_gradient_checkpointing_changes_no_gradient(layout: str) -> None:
+    vit = make_vit(layout)
     images, mask = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.arange(16).expand(2, 16) < 8
     gradients = []
     for checkpointing in (False, True):
@@ -107,8 +171,9 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_attention_is_explicit_on_a_cpu_unless_the_sequence_is_long() -> None:
-    vit = make_vit("cls")
+@pytest.mark.parametrize("layout", ["cls", "dinov3", "mixed"])
+def test_attention_is_explicit_on_a_cpu_unless_the_sequence_is_long(layout: str) -> None:
+    vit = make_vit(layout)
     for num_tokens, fused in ((17, False), (2000, True)):
         select_attention(vit.blocks, torch.device("cpu"), num_tokens)
         assert [block.attn.fused_attn for block in vit.blocks] == [fused, fused]
@@ -159,6 +224,20 @@ def test_every_parameter_is_trained_even_where_the_name_brings_a_pooling_head() 
     assert [name for name, parameter in vit.named_parameters() if parameter.grad is None] == []
 
 
+def test_a_rotary_encoder_is_built_as_its_name_and_the_config_say() -> None:
+    config = EncoderConfig(
+        name="vit_tiny_patch16_dinov3_qkvb", image_size=64, patch_size=8, num_registers=2, layer_scale=0.1,
+        drop_path_rate=0.2, grad_checkpointing=True,
+    )  # fmt: skip
+    vit = build_vit(config, seed=0)
+    assert type(vit) is Eva and get_patch_grid(vit) == (8, 8) and vit.num_prefix_tokens == 3 and vit.grad_checkpointing
+    assert float(vit.state_dict()["blocks.0.gamma_1"][0]) == pytest.approx(0.1)
+    assert vit.blocks[11].drop_path1.drop_prob == pytest.approx(0.2)
+    assert vit.pos_embed is None and not isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)
+    encode_visible(vit.eval(), torch.randn(1, 3, 64, 64), torch.arange(64).expand(1, 64) < 60).sum().backward()
+    assert [name for name, parameter in vit.named_parameters() if parameter.grad is None] == []
+
+
 def test_timm_kwargs_are_plain_and_say_what_was_changed() -> None:
     config = EncoderConfig(name="test_vit", image_size=64, patch_size=8)
     assert get_timm_kwargs(config)["img_size"] == 64 and get_timm_kwargs(config)["patch_size"] == 8
@@ -170,7 +249,7 @@ def test_timm_kwargs_are_plain_and_say_what_was_changed() -> None:
     ("values", "words"),
     [
         ({"name": "vit_tinny_patch16_224"}, "did you mean vit_tiny_patch16_224"),
-        ({"name": "resnet18"}, "must be a plain timm VisionTransformer"),
+        ({"name": "resnet18"}, "must be a plain timm VisionTransformer or Eva"),
         ({"name": "deit_tiny_distilled_patch16_224"}, "must be a plain"),
         ({"name": "vit_tiny_patch16_224", "image_size": 100}, r"\(100\) must be a multiple .* \(16\); try 96"),
     ],
@@ -184,21 +263,3 @@ def test_a_wrong_encoder_is_one_clear_line(values: dict[str, object], words: str
 def test_a_wrong_value_is_refused_when_the_config_is_read() -> None:
     with pytest.raises(UserError, match="drop_path_rate"):
         validate(EncoderConfig, {"drop_path_rate": 1.5}, "run.yaml")
-
-
-def test_init_copies_weights_resizes_positions_and_refuses_what_does_not_fit() -> None:
-    source = build_vit(EncoderConfig(name="test_vit", image_size=64), seed=1).state_dict()
-    source["pos_embed"][0, 1:] = torch.arange(4.0).repeat_interleave(4).unsqueeze(1)  # the row of a 4 x 4 grid
-    config = EncoderConfig(name="test_vit", image_size=32, init="panfm:somewhere")
-    vit = build_vit(config, 0, weights=source)
-    assert torch.equal(vit.state_dict()["blocks.5.mlp.fc1.weight"], source["blocks.5.mlp.fc1.weight"])
-    assert vit.pos_embed.shape == (1, 1 + 4, 64)
-    assert torch.equal(vit.pos_embed[:, 0], source["pos_embed"][:, 0])  # CLS keeps its own
-    rows = vit.pos_embed.detach()[0, 1:, 0]  # of a 2 x 2 grid
-    torch.testing.assert_close(rows, torch.tensor([0.5, 0.5, 2.5, 2.5]), rtol=0, atol=0.1)
-
-    del source["norm.bias"]
-    with pytest.raises(UserError, match=r"panfm:somewhere.*norm\.bias is missing"):
-        build_vit(config, 0, weights=source)
-    with pytest.raises(AssertionError):
-        build_vit(config, 0)

@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from panfm.data.batch import NO_GROUP, Batch
 from panfm.models.heads import Decoder, Regressor, TokenHead
 from panfm.models.vit import encode_visible, split_mask
-from panfm.objectives.interface import EncodedView
+from panfm.objectives.interface import EncodedView, ObjectiveOutput
 from panfm.objectives.masked_image import MaskedLatents, MaskedPixels
+from panfm.objectives.targets import FrozenTargets
+from tests.objectives.conftest import get_scalars
 
 ATOL = 1e-9
 
@@ -43,6 +46,14 @@ def make_vit(layer_scale: float | None) -> VisionTransformer:
     return VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=0, init_values=layer_scale
     ).double()
+
+
+def apply(objective: nn.Module, view: EncodedView) -> ObjectiveOutput:
+    """The objective on one view of images of whose origin nothing is known."""
+    size = len(view.images)
+    unknown = torch.full((size,), NO_GROUP)
+    batch = Batch((view.images,), None, torch.arange(size), unknown, unknown, unknown, unknown, unknown)
+    return objective((view,), batch)
 
 
 def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -104,13 +115,13 @@ def test_mae_encoder_and_decoder_give_the_originals_numbers(mae) -> None:
 def test_mae_loss_is_the_originals(mae, patch_normalise: bool, key: str) -> None:
     tensors, vit, objective = mae
     objective.patch_normalise = patch_normalise
-    loss = objective((encode(vit, tensors, tensors["out.mask"]),)).loss
+    loss = apply(objective, encode(vit, tensors, tensors["out.mask"])).loss
     torch.testing.assert_close(loss, tensors[key], rtol=0, atol=ATOL)
 
 
 def test_mae_gradients_are_the_originals(mae) -> None:
     tensors, vit, objective = mae
-    objective((encode(vit, tensors, tensors["out.mask"]),)).loss.backward()
+    apply(objective, encode(vit, tensors, tensors["out.mask"])).loss.backward()
     modules = {"encoder": vit, "decoder": objective.decoder}
     compared = 0
     for key, expected in tensors.items():
@@ -180,7 +191,7 @@ def make_cae(tensors: dict[str, Tensor], config: dict[str, float]) -> tuple[Visi
     fill(head, states["head"])
     regressor.positions = tensors["state.rd_pos_embed"][0, 1:]
     teacher = GivenTokens(tensors["in.teacher_tokens"])
-    return vit, MaskedLatents(regressor, head, teacher, (4, 4), "none", has_cls=True)
+    return vit, MaskedLatents(regressor, head, FrozenTargets(teacher, (4, 4), "none"), has_cls=True)
 
 
 @pytest.mark.parametrize("case", ["cae_v2", "cae_v2_projection"])
@@ -193,7 +204,7 @@ def test_cae_v2_tokens_loss_and_gradients_are_the_originals(golden: Path, case: 
     hidden = objective.regressor(view.tokens, view.split)[:, view.tokens.shape[1] :]
     torch.testing.assert_close(hidden, tensors["out64.regressor_tokens"], rtol=0, atol=ATOL)
 
-    loss = config["latent_alignment_loss_weight"] * objective((view,)).loss
+    loss = config["latent_alignment_loss_weight"] * apply(objective, view).loss
     torch.testing.assert_close(loss, tensors["out64.loss"], rtol=0, atol=ATOL)
 
     loss.backward()
@@ -212,9 +223,8 @@ def test_cae_v2_tokens_loss_and_gradients_are_the_originals(golden: Path, case: 
 @pytest.fixture
 def objectives(small_vit, teacher) -> dict[str, nn.Module]:
     torch.manual_seed(1)
-    latents = MaskedLatents(
-        Regressor(64, 64, 2, 2, 0.1, (4, 4)), TokenHead(64, 12), teacher, (4, 4), "layer_norm", has_cls=True
-    )
+    targets = FrozenTargets(teacher, (4, 4), "layer_norm")
+    latents = MaskedLatents(Regressor(64, 64, 2, 2, 0.1, (4, 4)), TokenHead(64, 12), targets, has_cls=True)
     return {
         "pixels": MaskedPixels(Decoder(64, 32, 2, 2, 192, (4, 4)), (8, 8), lambda x: x / 255, patch_normalise=True),
         "latents": latents,
@@ -234,7 +244,7 @@ def test_loss_is_float32_under_autocast(objectives, small_vit, make_batch, kind:
     batch = make_batch()
     with torch.autocast("cpu", torch.bfloat16):
         view = encode_batch(small_vit, batch)
-        loss = objective((view,)).loss
+        loss = apply(objective, view).loss
     assert seen["predictions"].dtype == torch.bfloat16 and loss.dtype == torch.float32
 
     predictions, index = seen["predictions"].double(), torch.cat([view.split.visible, view.split.hidden], dim=1)
@@ -246,7 +256,7 @@ def test_loss_is_float32_under_autocast(objectives, small_vit, make_batch, kind:
         expected = (predictions - target).square().mean()
     else:
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = objective.teacher[0].forward_tokens(batch.views[0]).double()  # 8 x 8, halved to 4 x 4
+            tokens = objective.targets.teacher.forward_tokens(batch.views[0]).double()  # 8 x 8, halved to 4 x 4
         grid = tokens.transpose(1, 2).unflatten(2, (8, 8))
         coarse = nn.functional.interpolate(grid, (4, 4), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
         coarse = torch.stack([p[i] for p, i in zip(coarse, index, strict=True)])
@@ -261,9 +271,9 @@ def test_loss_is_float32_under_autocast(objectives, small_vit, make_batch, kind:
 def test_corners_of_a_batch_are_finite_and_reach_every_parameter(
     objectives, small_vit, make_batch, kind: str, size: int, ratio: float
 ) -> None:
-    output = objectives[kind]((encode_batch(small_vit, make_batch(size, ratio)),))
+    output = apply(objectives[kind], encode_batch(small_vit, make_batch(size, ratio)))
     output.loss.backward()
-    assert all(value.isfinite() for value in (output.loss, *output.metrics.values()))
+    assert all(value.isfinite() for value in (output.loss, *get_scalars(output)))
     assert ("cosine_hidden" in output.metrics) == (kind == "latents" and ratio > 0)
     if kind == "pixels" and ratio == 0:
         assert float(output.loss.detach()) == 0.0  # nothing hidden, nothing to predict
@@ -276,16 +286,16 @@ def test_corners_of_a_batch_are_finite_and_reach_every_parameter(
 def test_duplicates_do_not_change_the_loss(objectives, small_vit, make_batch, kind: str) -> None:
     batch = make_batch(3)
     twice = replace(batch, views=tuple(v.repeat(2, 1, 1, 1) for v in batch.views), masks=batch.masks.repeat(1, 2, 1))
-    one, two = (objectives[kind]((encode_batch(small_vit, b),)).loss for b in (batch, twice))
+    one, two = (apply(objectives[kind], encode_batch(small_vit, b)).loss for b in (batch, twice))
     torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
 
 
 def test_a_flat_patch_and_a_silent_teacher_are_finite(objectives, small_vit, make_batch) -> None:
     batch = make_batch(2)
     batch = replace(batch, views=tuple(torch.full_like(view, 128) for view in batch.views))  # no variance anywhere
-    objectives["latents"].teacher[0].weight.zero_()  # cosine with a zero vector
+    objectives["latents"].targets.teacher.weight.zero_()  # cosine with a zero vector
     for objective in objectives.values():
-        loss = objective((encode_batch(small_vit, batch),)).loss
+        loss = apply(objective, encode_batch(small_vit, batch)).loss
         loss.backward()
         assert loss.isfinite()
     assert all(parameter.grad.isfinite().all() for parameter in small_vit.parameters())
@@ -301,8 +311,9 @@ def test_registers_and_a_missing_cls_take_no_part_in_the_alignment(teacher, make
         head = TokenHead(64, 12)
         seen = []
         head.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.shape))
-        objective = MaskedLatents(Regressor(64, 64, 1, 2, 0.1, (4, 4)), head, teacher, (4, 4), "none", has_cls=has_cls)
-        output = objective((encode_batch(vit, batch),))
+        targets = FrozenTargets(teacher, (4, 4), "none")
+        objective = MaskedLatents(Regressor(64, 64, 1, 2, 0.1, (4, 4)), head, targets, has_cls=has_cls)
+        output = apply(objective, encode_batch(vit, batch))
         assert seen == [(8, int(has_cls) + 16, 12)]
         assert ("cosine_cls" in output.metrics) == has_cls
         output.loss.backward()
@@ -310,7 +321,7 @@ def test_registers_and_a_missing_cls_take_no_part_in_the_alignment(teacher, make
 
 def test_the_teacher_is_no_part_of_the_module(objectives) -> None:
     objective = objectives["latents"]
-    assert isinstance(objective.teacher[0], nn.Module)
+    assert isinstance(objective.targets.teacher, nn.Module)
     names = [*objective.state_dict(), *(name for name, _ in objective.named_parameters())]
     assert {name.partition(".")[0] for name in names} == {"regressor", "head"}
 
@@ -319,12 +330,12 @@ def test_published_targets_on_the_students_own_grid_are_the_teachers_tokens(
     small_vit, teacher_of_stride_8, make_batch
 ) -> None:
     regressor, head = Regressor(64, 64, 1, 2, 0.1, (4, 4)), TokenHead(64, 12)
-    objective = MaskedLatents(regressor, head, teacher_of_stride_8, (4, 4), "none", has_cls=False)
+    objective = MaskedLatents(regressor, head, FrozenTargets(teacher_of_stride_8, (4, 4), "none"), has_cls=False)
     batch = make_batch()
     seen = []
     head.register_forward_hook(lambda module, args, output: seen.append(output))
     view = encode_batch(small_vit, batch)
-    loss = objective((view,)).loss
+    loss = apply(objective, view).loss
     loss.backward()  # the teacher ran in inference mode: its tokens may not be what backward has saved
     order = torch.cat([view.split.visible, view.split.hidden], dim=1)
     tokens = teacher_of_stride_8.forward_tokens(batch.views[0])

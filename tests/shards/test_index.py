@@ -45,7 +45,7 @@ def test_readers_may_be_forked_threaded_and_pickled(shards: Path, monkeypatch: p
     shard_set = open_shard_set(shards)
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(check_every_row, [shard_set] * 16))
-    assert len(shard_set.reader._files) == 2
+    assert len(shard_set.reader.files) == 2
     children = [multiprocessing.get_context("fork").Process(target=check_and_exit, args=(shard_set,)) for _ in range(3)]
     for child in children:
         child.start()
@@ -54,7 +54,7 @@ def test_readers_may_be_forked_threaded_and_pickled(shards: Path, monkeypatch: p
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0]
     copy = pickle.loads(pickle.dumps(shard_set))
-    assert check_every_row(copy) and copy.reader._files is not shard_set.reader._files
+    assert check_every_row(copy) and copy.reader.files is not shard_set.reader.files
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="sees open files as Linux lists them")
@@ -130,3 +130,17 @@ def test_a_shard_that_shrinks_later_is_noticed(shards: Path) -> None:
     (shards / name).write_bytes(b"short")
     with pytest.raises(UserError, match=rf"{name}: ends before byte \d+; the file is damaged"):
         shard_set.read_image(11)
+
+
+def test_a_read_that_brings_less_goes_on(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system may, over a network or when a signal comes."""
+    pread = os.pread
+    monkeypatch.setattr(index_module.os, "pread", lambda file, length, offset: pread(file, min(length, 100), offset))
+    assert check_every_row(open_shard_set(shards))
+
+
+def test_files_are_limited_for_all_readers_together(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MAX_OPEN_FILES", 4)
+    sets = [open_shard_set(shards) for _ in range(3)]
+    assert all(map(check_every_row, sets))
+    assert sum(len(shard_set.reader.files) for shard_set in sets) == 4

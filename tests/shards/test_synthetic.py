@@ -96,6 +96,34 @@ def test_a_lesion_is_one_lesion_in_every_row(archive: ArchiveSummary) -> None:
     assert all(len(facts) == 1 for facts in (*by_lesion.values(), *by_patient.values()))
 
 
+def test_captions_say_what_was_drawn_into_the_image(archive: ArchiveSummary) -> None:
+    rows = read_table(archive.out / "metadata.csv")
+    assert "caption" not in read_table(archive.out / "slides.csv")[0]
+    patients = {patient.raw_id: patient for patient in (draw_patient(5, number) for number in range(NUM_PATIENTS))}
+    told = []
+    for row in rows:
+        lesion = next(one for one in patients[row["patient_id"]].lesions if one.raw_id == row["lesion_id"])
+        visit = next(one for one in lesion.visits if one.date.isoformat() == row["visit_date"])
+        if not row["caption"]:
+            continue
+        kind = row["caption"].partition(" of a ")[0]
+        assert (
+            kind
+            == {
+                "clinical": "Clinical photograph",
+                "dermoscopic": "Dermoscopic image",
+                "total_body": "Overview photograph",
+            }[row["modality"]]
+        )
+        assert ("blue-white veil" in row["caption"]) == (row["modality"] == "dermoscopic" and visit.traits.veil > 0.3)
+        assert ("raised" in row["caption"]) == (row["modality"] == "clinical" and visit.traits.elevation > 0.5)
+        assert "malignant" not in row["caption"] and "benign" not in row["caption"]
+        told.append(lesion.diagnosis.replace("_", " ") in row["caption"])
+    assert 0.7 < len(told) / len(rows) < 1.0 and 0.4 < np.mean(told) < 0.95
+    records = {record.raw_id: record.caption for record in read_records(load_card("synthetic"), archive.out)}
+    assert records == {row["image_id"]: row["caption"] or None for row in rows}
+
+
 def test_both_cards_read_it_and_name_the_same_patients(archive: ArchiveSummary) -> None:
     photographs, slides = load_card("synthetic"), load_card("synthetic_slides")
     records, slide_records = read_records(photographs, archive.out), read_records(slides, archive.out)

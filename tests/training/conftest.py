@@ -73,6 +73,59 @@ def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def build_labelled(folder: Path, name: str, rows: list[dict[str, str]], **changes: object) -> Path:
+    """A shard set with a row's patient, modality and diagnosis; equal diagnoses have images of one hue."""
+    root = folder / f"{name}-raw"
+    root.mkdir(parents=True)
+    for number, row in enumerate(rows):
+        rng = np.random.default_rng(1000 * hash_text(name) + number)
+        coarse = rng.integers(0, 60, (5, 6, 3), dtype=np.uint8)
+        coarse[:, :, hash_text(row["diagnosis"]) % 3] += 150
+        row["path"] = f"{number}.png"
+        Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(root / row["path"])
+    with (root / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["path", "patient", "modality", "diagnosis"])
+        writer.writeheader()
+        writer.writerows(rows)
+    card = SourceCard(
+        version=1,
+        name=name,
+        title=name,
+        origin="drawn by a test",
+        licence="CC0",
+        permitted_uses=("research",),
+        identifiers="public",
+        id_namespace="drawn",
+        synthetic=True,
+        **{"access": "open", **changes},
+        how_to_obtain="run the test",
+        table="table.csv",
+        columns={"path": "path", "patient_id": "patient", "modality": "modality"},
+        labels={"diagnosis": {"column": "diagnosis"}},
+    )
+    out = folder / name
+    build_shards(card, root, out, options=BuildOptions())
+    return out
+
+
+def hash_text(text: str) -> int:
+    return sum(map(ord, text))
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """81 patients that no other set has, 161 images of two modalities, two diagnoses; clinical ones all of one."""
+    rows = [
+        {
+            "patient": f"held{number // 2}",
+            "modality": ("dermoscopic", "clinical")[number % 2],
+            "diagnosis": "nevus" if number % 2 else ("nevus", "melanoma")[number // 2 % 2],
+        }
+        for number in range(161)
+    ]
+    return build_labelled(tmp_path_factory.mktemp("held_out"), "held", rows)
+
+
 def start_pretrain(
     config: Path, out: Path, *overrides: str, ranks: int = 0, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:

@@ -9,7 +9,7 @@ from torch import nn
 from panfm.distributed import process_group
 from panfm.encoder.facts import EncoderFacts, TransformFacts
 from panfm.errors import UserError
-from panfm.files import compute_sha256, read_json
+from panfm.files import compute_sha256, read_json, write_json
 from panfm.optim import OptimConfig
 from panfm.training.checkpoint import (
     TrainingState,
@@ -17,6 +17,7 @@ from panfm.training.checkpoint import (
     find_checkpoint,
     find_difference,
     list_checkpoints,
+    load_checkpoint,
     write_checkpoint,
 )
 from panfm.training.engine import Engine, EngineConfig
@@ -82,20 +83,24 @@ def test_written_whole_and_rotated_or_not_at_all(tmp_path: Path, monkeypatch: py
     with process_group(torch.device("cpu")):
         engine = Engine(model, model.encoder, EngineConfig(), OptimConfig(), {})
         for step in (1, 2, 3):
-            state = TrainingState(step=step, samples_seen=8 * step, salt=0)
+            state = TrainingState(step=step, samples_seen=8 * step, salts=((0, 0), (1, 7)))
             write_checkpoint(tmp_path, engine, state, config={"a": 1}, facts=FACTS, keep_last=2)
         assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
         newest = list_checkpoints(tmp_path)[-1]
         assert check_checkpoint(newest) is None
         assert not list(newest.rglob("*.py"))
-        assert read_json(newest / "training.json")["samples_seen"] == 24
+        assert load_checkpoint(newest, engine, {"a": 1}, FACTS) == state == TrainingState(3, 24, ((0, 0), (1, 7)))
+        older = list_checkpoints(tmp_path)[0]
+        write_json(older / "training.json", read_json(older / "training.json") | {"format": 1})
+        with pytest.raises(UserError, match="format 1; this panfm reads 2: use the panfm that wrote it"):
+            load_checkpoint(older, engine, {"a": 1}, FACTS)
 
         def refuse(*arguments: object, **keywords: object) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(torch, "save", refuse)
         with pytest.raises(UserError, match=r"checkpoint of step 4 not written: .*No space left on device"):
-            state = TrainingState(step=4, samples_seen=32, salt=0)
+            state = TrainingState(step=4, samples_seen=32)
             write_checkpoint(tmp_path, engine, state, config={"a": 1}, facts=FACTS, keep_last=2)
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
         engine.close()

@@ -1,6 +1,8 @@
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +134,40 @@ def test_every_zero_stage_agrees_with_plain_pytorch(zero_stage: int) -> None:
     plain = train_plainly()
     assert min(plain[1]) < 5.0 < max(plain[1]), plain[1]  # some steps are clipped and some are not
     assert_same_training(train_with_engine(zero_stage), plain, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "micro_batch_size"), [(0, 8), (0, 4), (1, 4)])
+def test_nothing_stays_of_a_step_that_was_not_applied(zero_stage: int, micro_batch_size: int, tmp_path: Path) -> None:
+    """As in a rollback: a loss that is not finite, an earlier checkpoint, and on."""
+
+    def train(engine: Engine, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            first = step * GLOBAL_BATCH_SIZE
+            starts = range(first, first + GLOBAL_BATCH_SIZE, micro_batch_size)
+            losses.append(engine.step([draw_batch(n, micro_batch_size) for n in starts], step=step, lr=1e-2).loss)
+        return losses
+
+    runs = []
+    for fails in (True, False):
+        with process_group(torch.device("cpu")):
+            model = build_student()
+            sizes = {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": micro_batch_size}
+            settings = EngineConfig(**sizes, zero_stage=zero_stage, precision="fp32", clip_grad_norm=5.0)
+            extra = {"zero_optimization": {"round_robin_gradients": False}}
+            engine = Engine(model, model.encoder, settings, OPTIM, extra)
+            if fails:
+                train(engine, range(2))
+                (tmp_path / "saved").mkdir()
+                assert engine.save(tmp_path / "saved") is None
+                model.head.weight.data[0, 0] = torch.nan
+                assert math.isnan(train(engine, range(2, 3))[0])
+            engine.load(tmp_path / "saved")
+            runs.append((train(engine, range(2, 5)), engine.copy_state(model)))
+            engine.close()
+    (losses, weights), (others, other_weights) = runs
+    assert losses == others and all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())
 
 
 @pytest.mark.slow

@@ -50,7 +50,8 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert [folder.name for folder in list_checkpoints(whole)] == ["step-00000006", "step-00000008"]
-    assert {path.name for path in whole.iterdir()} == {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints"}
+    files = {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "pictures"}
+    assert {path.name for path in whole.iterdir()} == files
     records = read_metrics(whole / "metrics.jsonl")
     assert [record["samples_seen"] for record in records] == [16 * step for step in range(1, 9)]
     assert records[-1]["loss"] < records[0]["loss"]
@@ -183,13 +184,15 @@ def test_config_mistakes_are_named(config: Path, tmp_path: Path) -> None:
         attempt(resume="maybe")
     with pytest.raises(UserError, match=r"unknown key optim\.lrr"):
         attempt("optim.lrr=1")
-    with pytest.raises(UserError, match=r"contrastive sees only 4 images together .* of engine.global_batch_size 8"):
-        attempt(
-            "objectives=[{kind: contrastive, num_views: 1}]",
-            "engine.global_batch_size=8",
-            "engine.micro_batch_size=4",
-            "schedule.warmup_samples=0",
-        )
+    distillation = ("objectives=[{kind: self_distillation}]", "augment.views=2")
+    with pytest.raises(UserError, match=r"Sinkhorn-Knopp .* sees only 8 images together .* of .*global_batch_size 16"):
+        attempt(*distillation)
+    with pytest.raises(UserError, match=r"augment\.views \(1\) must be at least 2"):
+        attempt(distillation[0])
+    with pytest.raises(UserError, match=r"augment\.local_size \(24\) must be a multiple of the patch size.*; try 32"):
+        attempt(*distillation, "engine.micro_batch_size=16", "augment.local_views=2", "augment.local_size=24")
+    with pytest.raises(UserError, match=r"augment\.local_views \(2\): none of the objectives looks at local views"):
+        attempt("augment.local_views=2")
     assert not (tmp_path / "run").exists()
 
 

@@ -26,8 +26,8 @@ class SeveralFolders(TyperCommand):
 
 
 def run(
-    pretrain: Annotated[list[Path], typer.Option(help="Shard sets that are trained on.")],
-    evaluation: Annotated[list[Path] | None, typer.Option(help="Shard sets that tasks test on.")] = None,
+    pretrain: Annotated[list[str], typer.Option(help="Shard sets (folders or URLs) that are trained on.")],
+    evaluation: Annotated[list[str] | None, typer.Option(help="Shard sets that tasks test on.")] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for index.html, audit.parquet, audit.csv, duplicates.csv and audit.json.")
     ] = Path("audit"),

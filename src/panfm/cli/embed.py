@@ -8,7 +8,7 @@ import typer
 
 def run(
     encoder: Annotated[str, typer.Argument(help="Encoder address: panfm:DIR, timm:NAME, timm:NAME@FILE, hf:DIR, ...")],
-    paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of shards.")],
+    paths: Annotated[list[str], typer.Argument(help="Image files, or shard sets: folders or URLs.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write: key, feature.")] = Path("features.parquet"),
     cache: Annotated[Path, typer.Option(help="Feature cache for shards; a second run goes on from it.")] = Path(
         "cache/features"
@@ -25,10 +25,12 @@ def run(
     from panfm.errors import UserError
     from panfm.features import compute_features, write_features
     from panfm.shards.index import open_shard_set
+    from panfm.shards.storage import ShardUrl, parse_location
 
+    locations = [parse_location(path) for path in paths]
+    folders = [path for path in locations if isinstance(path, ShardUrl) or path.is_dir()]
+    files = [path for path in locations if isinstance(path, Path) and not path.is_dir()]
     model = load_encoder(encoder, device=device)
-    folders = [path for path in paths if path.is_dir()]
-    files = [path for path in paths if not path.is_dir()]
     if folders and files:
         raise UserError(f"{files[0]} is a file and {folders[0]} a folder of shards; embed the two in separate calls")
     if files:

@@ -18,7 +18,7 @@ def run(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one.")] = "default",
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value pairs that change the config.")] = None,
     encoder: Annotated[list[str] | None, typer.Option(help="Encoder address; repeat for several.")] = None,
-    shards: Annotated[list[Path] | None, typer.Option(help="Shard set; repeat for several.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Shard set, a folder or URL; repeat for several.")] = None,
     tasks: Annotated[str | None, typer.Option(help="all, or names separated by commas.")] = None,
     protocols: Annotated[str | None, typer.Option(help="linear_probe,knn,finetune")] = None,
     fractions: Annotated[str | None, typer.Option(help="Shares of training patients with labels: 0.1,1.0")] = None,
@@ -37,7 +37,7 @@ def run(
         changes, config = [config, *changes], "default"
     given: dict[str, object] = {
         "encoders": encoder,
-        "shards": [str(path) for path in shards] if shards else None,
+        "shards": shards or None,
         "tasks": _names(tasks) if tasks else None,
         "protocols": _names(protocols) if protocols else None,
         "fractions": _names(fractions) if fractions else None,

@@ -44,8 +44,9 @@ PREDICTIONS_REMAIN = (
     "again, which makes results of other images anew under the same names."
 )
 NOT_REACHED = (
-    "Not reached from here: the raw archive (a build from it brings the images back), backups, copies of the shards. "
-    "Remove them there too."
+    "Not reached from here: the raw archive (a build from it brings the images back), backups, copies of the shards, "
+    "those in object stores among them. Remove them there too; what machines keep of a URL (docs/storage.md) goes when "
+    "they open it again."
 )
 
 
@@ -117,7 +118,7 @@ def forget_samples(
             num_busy += len(busy)
     reason = "consent withdrawn" if patient is not None else "removed by key"
     for target in targets:
-        typer.echo(str(remove_samples(target.shard_set.path, target.keys, reason)))
+        typer.echo(str(remove_samples(target.shard_set.folder, target.keys, reason)))
     if any(trace.kind in ("checkpoint", "export") and trace.used != "kept out" for trace in traces):
         typer.echo(WEIGHTS_REMAIN)
     if any(trace.kind in ("result", "predictions") for trace in traces):

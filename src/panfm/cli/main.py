@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from panfm import __version__
-from panfm.cli import audit, demo, doctor, embed, evaluate, export, leaderboard, pretrain, report, shards, synth
+from panfm.cli import audit, data, demo, doctor, embed, evaluate, export, leaderboard, pretrain, report, shards, synth
 from panfm.errors import UserError
 
 EXIT_USER = 2
@@ -46,6 +46,7 @@ app.command("synth")(synth.run)
 app.add_typer(shards.app, name="shards")
 app.command("report")(report.run)
 app.command("audit", cls=audit.SeveralFolders)(audit.run)
+app.add_typer(data.app, name="data")
 app.command("pretrain")(pretrain.run)
 app.command("export")(export.run)
 app.command("embed")(embed.run)

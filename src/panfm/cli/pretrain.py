@@ -26,7 +26,7 @@ def run(
 
     data.exclude.audit=DIR keeps out what `panfm audit` listed, too: copies of test images.
 
-    Example: panfm pretrain debug_cpu data.shards='[shards/synthetic]' --out runs/first
+    Example: panfm pretrain debug_cpu optim.base_lr=5e-4 --out runs/first
 
     On several processes: torchrun --nproc_per_node=2 -m panfm pretrain debug_cpu ...
     """
@@ -43,6 +43,7 @@ def run(
     if settings.data.exclude.audit is not None:
         audit = read_audit(settings.data.exclude.audit)
         excluded = replace(excluded, keys=find_copied(audit, shard_sets), audit=audit.hash)
+    del shard_sets  # their tables, about 1 KB a row, are not needed any more
     folder = out or Path("runs") / Path(config).stem
     summary = pretrain(settings, out=folder, excluded=excluded, resume=resume)
     raise typer.Exit(summary.exit_code)

@@ -7,8 +7,10 @@ import typer
 
 
 def run(
-    privacy: Annotated[list[Path], typer.Option("--privacy", help="A shard set; repeat the option for several.")],
-    more: Annotated[list[Path] | None, typer.Argument(help="Further shard sets.")] = None,
+    privacy: Annotated[
+        list[str], typer.Option("--privacy", help="A shard set, a folder or URL; repeat the option for several.")
+    ],
+    more: Annotated[list[str] | None, typer.Argument(help="Further shard sets.")] = None,
     out: Annotated[Path, typer.Option(help="Markdown file; the same page lies beside it as .html.")] = Path(
         "privacy.md"
     ),

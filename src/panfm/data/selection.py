@@ -1,13 +1,15 @@
 """Selection: which samples of the shard sets may be drawn; everything else is left out here, counted and said.
 
-    ShardSet.table --(permitted use)--(excluded groups)--(modalities)--> SampleTable, SourceFacts
+    ShardSet --(permitted use)--(excluded groups)--(modalities)--> SourceFacts, Selection
+    Selections of all sources  -->  SampleTable
 
-What comes out are plain arrays of about 45 bytes a sample: they travel to every loader worker, the table does not.
+What comes out are plain arrays of 48 bytes a sample, and its key; they lie in one file that all workers share
+(`columns`), and nothing else as long as the data set stays in any process.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +17,30 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from panfm.data.batch import MODALITY_NUMBER, NO_GROUP
+from panfm.data.hashing import Indices, hash_pairs, hash_texts
 from panfm.errors import UserError
-from panfm.shards.index import ShardSet
+from panfm.shards.index import ShardReader, ShardSet
 from panfm.shards.schema import MODALITIES, Modality
 
-Indices = NDArray[np.int64]
-COLUMNS = ("row", "modality", "lesion", "patient", "visit")
+# The columns of samples.parquet that are read here, besides where the bytes lie.
+COLUMNS = ("key", "sha256", "modality", "patient_id", "lesion_id", "group_id", "visit_day", "permitted_uses")
+
+# One record a sample, its fields together: what is drawn at random costs one page of memory, not nine.
+RECORD = np.dtype(
+    [
+        ("offset", "<i8"),  # of the image file in its shard
+        ("lesion", "<i8"),  # 63-bit numbers, NO_GROUP where unknown
+        ("patient", "<i8"),
+        ("visit", "<i8"),
+        ("length", "<u4"),  # bytes; `shards.places` refuses images above 1 GiB
+        ("row", "<u4"),  # in its source's shard set
+        ("shard", "<u4"),  # number in its source's shard names
+        ("source", "<u2"),  # number in the run's sources
+        ("modality", "<u2"),  # number in MODALITIES
+    ]
+)
+Records = NDArray[Any]  # of RECORD
+CAPTION = np.dtype([("offset", "<i8"), ("length", "<u4")])  # of its file in the same shard; offset -1: there is none
 
 
 @dataclass(frozen=True)
@@ -42,16 +62,54 @@ class SourceFacts:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """The samples of one source that may be drawn, in the order of its index."""
+
+    source: str
+    shards: tuple[str, ...]
+    reader: ShardReader
+    records: Records
+    keys: pa.StringArray
+    captions: NDArray[Any] | None = None  # of CAPTION, where they were asked for
+
+
+@dataclass(frozen=True)
+class Section:
+    """One modality of one source ("ham10000/dermoscopic"): `size` neighbouring samples of the table from `first` on."""
+
+    name: str
+    modality: Modality
+    first: int
+    size: int
+
+
+@dataclass(frozen=True)
 class SampleTable:
-    """The N samples that may be drawn, one row a sample, in the order of the sources and of their indexes."""
+    """The N samples that may be drawn, section by section; inside one, in the order of the source's index.
+
+    columns: "records" [N] of RECORD; "key_bytes" and "key_ends" [N + 1], the keys one after the other; where they were
+        asked for, "captions" [N] of CAPTION.
+    """
 
     sources: tuple[str, ...]
-    source: NDArray[np.int32]  # number in `sources`
-    row: Indices  # in that source's shard set
-    modality: NDArray[np.int8]  # number in MODALITIES
-    lesion: Indices  # 63-bit numbers, NO_GROUP where unknown
-    patient: Indices
-    visit: Indices
+    shards: tuple[tuple[str, ...], ...]  # names, by source
+    sections: tuple[Section, ...]
+    columns: Mapping[str, NDArray[Any]]
+
+    @property
+    def records(self) -> Records:
+        """What is known of each sample, [N] of RECORD."""
+        return self.columns["records"]
+
+    def get_shard(self, sample: int) -> str:
+        """Name of the shard that holds a sample."""
+        record = self.records[sample]
+        return self.shards[int(record["source"])][int(record["shard"])]
+
+    def get_key(self, sample: int) -> str:
+        """Key of a sample; unique in its source."""
+        start, stop = self.columns["key_ends"][sample : sample + 2].tolist()
+        return self.columns["key_bytes"][start:stop].tobytes().decode()
 
 
 def select_samples(
@@ -60,13 +118,14 @@ def select_samples(
     excluded: frozenset[str],
     training_use: str,
     excluded_keys: frozenset[str] = frozenset(),
-) -> tuple[SourceFacts, SampleTable]:
+    with_captions: bool = False,
+) -> tuple[SourceFacts, Selection]:
     """Keep the samples of one source that may be drawn, and count what was left out and why.
 
-    excluded: group_ids. excluded_keys: single samples, besides. Raises UserError where a sample's permitted_uses lack
-    `training_use`.
+    shard_set: opened with COLUMNS at least. excluded: group_ids. excluded_keys: single samples, besides. Raises
+    UserError where a sample's permitted_uses lack `training_use`.
     """
-    table = shard_set.table
+    table, places = shard_set.table, shard_set.places
     num_refused = table.num_rows - _count_permitted(table["permitted_uses"], training_use)
     if num_refused:
         uses = ", ".join(shard_set.card.permitted_uses) or "none"
@@ -77,11 +136,23 @@ def select_samples(
     in_group = pc.is_in(table["group_id"], value_set=pa.array(sorted(excluded), pa.string())).to_numpy()
     listed = pc.is_in(table["key"], value_set=pa.array(sorted(excluded_keys), pa.string())).to_numpy()
     drop = in_group | listed
-    modality = _number_values(table["modality"], MODALITY_NUMBER.__getitem__)
+    modality = _number_modalities(table["modality"])
     drawn = np.isin(modality, [MODALITY_NUMBER[name] for name in modalities])
     kept = np.flatnonzero(~drop & drawn)
-    patient = _number_values(table["patient_id"], _number_id)
-    lesion = _number_values(table["lesion_id"], _number_id)
+    patient, lesion = _number_identifiers(table["patient_id"]), _number_identifiers(table["lesion_id"])
+    records = np.empty(kept.size, dtype=RECORD)
+    for name, values in (
+        ("offset", places.offset),
+        ("lesion", lesion),
+        ("patient", patient),
+        ("visit", _number_visits(patient, lesion, table["visit_day"])),
+        ("length", places.length),
+        ("row", np.arange(table.num_rows)),
+        ("shard", places.shard),
+        ("modality", modality),
+    ):
+        records[name] = values[kept]
+    records["source"] = 0
     counts = np.bincount(modality[kept], minlength=len(MODALITIES)).tolist()
     facts = SourceFacts(
         source=shard_set.source,
@@ -97,23 +168,48 @@ def select_samples(
         num_by_modality={name: count for name, count in zip(MODALITIES, counts, strict=True) if count},
         permitted_uses=tuple(shard_set.card.permitted_uses),
     )
-    return facts, SampleTable(
-        sources=(shard_set.source,),
-        source=np.zeros(kept.size, dtype=np.int32),
-        row=kept,
-        modality=modality[kept].astype(np.int8),
-        lesion=lesion[kept],
-        patient=patient[kept],
-        visit=_number_visits(patient, lesion, table["visit_day"])[kept],
-    )
+    keys = table["key"].combine_chunks().take(pa.array(kept))
+    captions = None
+    if with_captions:
+        captions = np.empty(kept.size, dtype=CAPTION)
+        captions["offset"] = places.caption_offset[kept]
+        captions["length"] = np.maximum(places.caption_length[kept], 0)
+    return facts, Selection(shard_set.source, places.shard_names, shard_set.reader, records, keys, captions)
 
 
-def concatenate_tables(tables: Sequence[SampleTable]) -> SampleTable:
-    """Lay the tables of several sources one below the other; sources are numbered in this order."""
-    columns = {name: np.concatenate([getattr(table, name) for table in tables]) for name in COLUMNS}
-    sizes = [table.row.size for table in tables]
-    columns["source"] = np.repeat(np.arange(len(tables), dtype=np.int32), sizes)
-    return SampleTable(sources=tuple(name for table in tables for name in table.sources), **columns)
+def build_table(selections: Sequence[Selection]) -> SampleTable:
+    """Lay the samples of several sources one below the other, sorted by source and modality.
+
+    A section's name decides its place: the order in which a config names its sources does not matter to the stream.
+    """
+    names = {
+        f"{one.source}/{MODALITIES[modality]}": (number, modality)
+        for number, one in enumerate(selections)
+        for modality in np.flatnonzero(np.bincount(one.records["modality"])).tolist()
+    }
+    records, keys, sections, captions, first = [], [], [], [], 0
+    for name, (number, modality) in sorted(names.items()):
+        chosen = np.flatnonzero(selections[number].records["modality"] == modality)
+        part = selections[number].records[chosen]
+        part["source"] = number
+        records.append(part)
+        keys.append(selections[number].keys.take(pa.array(chosen)))
+        if (own := selections[number].captions) is not None:
+            captions.append(own[chosen])
+        sections.append(Section(name, MODALITIES[modality], first, chosen.size))
+        first += chosen.size
+    text = pa.chunked_array(keys, pa.string()).cast(pa.large_binary()).combine_chunks()
+    lengths = pc.binary_length(text).to_numpy(zero_copy_only=False)
+    _, _, data = text.buffers()
+    columns = {
+        "records": np.concatenate([np.empty(0, RECORD), *records]),
+        "key_ends": np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        "key_bytes": np.frombuffer(data or b"", np.uint8)[: int(lengths.sum())].copy(),
+    }
+    if captions:
+        columns["captions"] = np.concatenate(captions)
+    shards = tuple(one.shards for one in selections)
+    return SampleTable(tuple(one.source for one in selections), shards, tuple(sections), columns)
 
 
 def _count_permitted(permitted_uses: pa.ChunkedArray, use: str) -> int:
@@ -121,20 +217,26 @@ def _count_permitted(permitted_uses: pa.ChunkedArray, use: str) -> int:
     uses = permitted_uses.combine_chunks()
     named = pc.equal(pc.list_flatten(uses), use).to_numpy(zero_copy_only=False)
     owners = pc.list_parent_indices(uses).to_numpy(zero_copy_only=False)
-    return int(np.unique(owners[named]).size)
+    permitted = np.zeros(len(uses), dtype=np.bool_)
+    permitted[owners[named]] = True
+    return int(np.count_nonzero(permitted))
 
 
-def _number_values(column: pa.ChunkedArray, number: Callable[[str], int]) -> Indices:
-    """Map a text column through `number`, once for each distinct value; null becomes NO_GROUP."""
+def _number_modalities(column: pa.ChunkedArray) -> Indices:
     encoded = column.combine_chunks().dictionary_encode()
-    numbers = np.array([*map(number, encoded.dictionary.to_pylist()), NO_GROUP], dtype=np.int64)
-    indices = pc.fill_null(encoded.indices, len(numbers) - 1).to_numpy(zero_copy_only=False)
-    return numbers[indices]  # type: ignore[no-any-return]
+    numbers = np.array([MODALITY_NUMBER[name] for name in encoded.dictionary.to_pylist()], dtype=np.int64)
+    return numbers[encoded.indices.to_numpy(zero_copy_only=False)]  # type: ignore[no-any-return]
 
 
-def _number_id(identifier: str) -> int:
-    # Identifiers are keyed hashes and the same in every source of one archive: a lesion's slide finds its photographs.
-    return derive_key(identifier) >> 1
+def _number_identifiers(column: pa.ChunkedArray) -> Indices:
+    """Hash each identifier; null becomes NO_GROUP.
+
+    Identifiers are keyed hashes and the same in every source of one archive: a lesion's slide finds its photographs.
+    """
+    encoded = column.combine_chunks().dictionary_encode()
+    numbers = np.append(hash_texts(encoded.dictionary.cast(pa.binary()).to_pylist()), NO_GROUP)
+    identifiers: Indices = numbers[pc.fill_null(encoded.indices, len(numbers) - 1).to_numpy(zero_copy_only=False)]
+    return identifiers
 
 
 def _number_visits(patient: Indices, lesion: Indices, day: pa.ChunkedArray) -> Indices:
@@ -142,14 +244,5 @@ def _number_visits(patient: Indices, lesion: Indices, day: pa.ChunkedArray) -> I
     who = np.where(patient == NO_GROUP, lesion, patient)
     days = pc.cast(day, pa.int64()).combine_chunks()
     known = (who != NO_GROUP) & pc.is_valid(days).to_numpy(zero_copy_only=False)
-    visits = np.full(who.size, NO_GROUP, dtype=np.int64)
-    pairs = np.stack([who[known], pc.fill_null(days, 0).to_numpy(zero_copy_only=False)[known]], axis=1)
-    distinct, inverse = np.unique(pairs, axis=0, return_inverse=True)
-    numbers = np.array([derive_key("visit", *pair) >> 1 for pair in distinct.tolist()], dtype=np.int64)
-    visits[known] = numbers[inverse.reshape(-1)] if numbers.size else NO_GROUP
+    visits: Indices = np.where(known, hash_pairs(who, pc.fill_null(days, 0).to_numpy(zero_copy_only=False)), NO_GROUP)
     return visits
-
-
-def derive_key(*parts: int | str) -> int:
-    """Hash numbers and words to 64 bits; the same on every machine and in every version of Python and numpy."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")

@@ -1,7 +1,7 @@
 """From a checkpoint to a folder that can be shared: weights, configuration, transform, and where it came from.
 
     run/checkpoints/step-*/ {encoder.safetensors, encoder.json, manifest.json}
-      -> DIR/ {model.safetensors, config.json, panfm.json, README.md}
+      -> DIR/ {model.safetensors, config.json, panfm.json, README.md}, with text/ where it was trained with captions
 
 `timm.create_model("local-dir:DIR", pretrained=True, num_classes=0)` and `panfm:DIR` read it; before the folder gets its
 name, both are loaded and must give the same features. Safetensors only: nothing in it can execute.
@@ -13,15 +13,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
+from timm.models.eva import Eva
 from torch import nn
 
-from panfm.encoder.address import Address, parse_address
+from panfm.encoder.address import Address, Scheme, parse_address
 from panfm.encoder.facts import EncoderFacts, Pooling, TransformFacts, check_use, read_facts, write_facts
 from panfm.encoder.network import EncoderNetwork
+from panfm.encoder.text import export_text
 from panfm.encoder.weights import load_strictly, read_weights
 from panfm.errors import UserError
 from panfm.files import compute_file_sha256, read_json, sync_folder, write_json, write_text
@@ -34,6 +36,7 @@ _TIMM_POOLING: Mapping[Pooling, dict[str, Any]] = {
     "map": {},
 }
 
+TEXT = "text.safetensors"  # in the checkpoint of a run with an image_text objective
 _TERMS = {
     "research": "For research only.",
     "education": "For education.",
@@ -69,7 +72,11 @@ def export_encoder(checkpoint: Path, out: Path, *, use: str | None = None) -> Pa
         network = _build_network(facts, temporary / "model.safetensors")
         write_json(temporary / "config.json", _make_timm_config(facts, network.model))
         write_facts(temporary / "panfm.json", facts)
-        write_text(temporary / "README.md", _make_readme(facts, out.name))
+        has_text = TEXT in read_json(checkpoint / "manifest.json")["files"]
+        if has_text:
+            _verify(checkpoint, TEXT)
+            export_text(checkpoint / TEXT, facts, int(network.model.num_features), temporary)  # type: ignore[arg-type]
+        write_text(temporary / "README.md", _make_readme(facts, out.name, has_text=has_text))
         _check_round_trip(temporary, facts, network)
         temporary.chmod(0o755)  # mkdtemp's 0700 would hide the export from colleagues
         _replace_folder(temporary, out)
@@ -165,7 +172,9 @@ def _make_timm_config(facts: EncoderFacts, model: nn.Module) -> dict[str, Any]:
     size = facts.transform.image_size
     norm_is_behind = not isinstance(getattr(model, "fc_norm", nn.Identity()), nn.Identity)
     # An encoder built with the norm behind its pooling says so in its own arguments; its weights bear that name.
-    pooling = {} if norm_is_behind or not hasattr(model, "fc_norm") else _TIMM_POOLING[facts.pooling]
+    pooling = {} if norm_is_behind or not hasattr(model, "fc_norm") else dict(_TIMM_POOLING[facts.pooling])
+    if isinstance(model, Eva) and "fc_norm" in pooling:
+        pooling["use_fc_norm"] = pooling.pop("fc_norm")
     return {
         "architecture": facts.timm_name,
         "num_classes": 0,
@@ -212,7 +221,10 @@ def _check_round_trip(folder: Path, facts: EncoderFacts, network: EncoderNetwork
 
 def _replace_folder(temporary: Path, out: Path) -> None:
     """Give the finished folder its name; an earlier export steps aside until the new one stands."""
-    for path in temporary.iterdir():
+    for path in temporary.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(temporary)
@@ -226,7 +238,7 @@ def _replace_folder(temporary: Path, out: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _make_readme(facts: EncoderFacts, name: str) -> str:
+def _make_readme(facts: EncoderFacts, name: str, *, has_text: bool) -> str:
     """The model card: what it is, what it saw, what it did not see, what it is not for."""
     transform, size = facts.transform, facts.transform.image_size
     rows = [
@@ -235,7 +247,7 @@ def _make_readme(facts: EncoderFacts, name: str) -> str:
         for source in facts.sources
     ]
     synthetic = facts.sources and all(source.synthetic for source in facts.sources)
-    others = ", ".join(address.text for address in find_ancestors(facts) if address.scheme != "panfm")
+    others = ", ".join(_name_strangers(facts))
     ancestry = f"\nIt began from or learned from {others}, whose own terms bind it too.\n" if others else ""
     warning = "\n**Every image it was trained on is synthetic: it shows that the software works, nothing more.**\n"
     excluded = ", ".join(facts.excluded_tasks) or "none: do not report its results on tasks drawn from these sources"
@@ -264,7 +276,7 @@ model = timm.create_model("local-dir:DIR", pretrained=True, num_classes=0)
 Preprocessing: shorter side to {transform.resize_size} px ({transform.interpolation}), centre crop of {size} px, scale
 to [0, 1], mean {list(transform.mean)}, std {list(transform.std)}.
 Pooling: {facts.pooling} of the normalised tokens{_pooling_note(facts)}.
-
+{_TEXT_NOTE if has_text else ""}
 ## Training data
 
 | source | licence | images trained on | images kept out |
@@ -276,6 +288,26 @@ The licences of the sources bind the use of these weights; exported for: {facts.
 
 The whole training configuration, the hashes of the data and of the weights are in `panfm.json`.
 """
+
+
+_TEXT_NOTE = """
+`text/` holds the text tower that it was trained with (weights under open_clip's names, CLIP's tokenizer):
+
+```python
+from panfm.encoder.text import load_text
+text = load_text("DIR")
+scores = text.scale * text.embed_features(features) @ text.embed_texts(["a melanoma", "a nevus"]).T
+```
+"""
+
+
+def _name_strangers(facts: EncoderFacts) -> list[str]:
+    """The encoders of others that it began from or learned from: addresses, and the name of a checkpoint file."""
+    names = [address.text for address in find_ancestors(facts) if address.scheme != "panfm"]
+    initial = (facts.config.get("encoder") or {}).get("init")
+    if initial is not None and initial.partition(":")[0] not in get_args(Scheme):
+        names.append(Path(initial).name)
+    return names
 
 
 def _pooling_note(facts: EncoderFacts) -> str:

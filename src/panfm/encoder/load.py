@@ -94,6 +94,8 @@ class Encoder:
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Compute one feature a place, as a frozen teacher: images uint8 [B, 3, H, W] -> float32 [B, h * w, C].
 
+        A model with a class token gives it before the places: [B, 1 + h * w, C].
+
         Images come at the student's size. They are resized (bilinear, antialiased) to this encoder's own size if its
         address gives image_size or its position embedding is tied to one; otherwise they are used as they are.
         """
@@ -109,7 +111,7 @@ class Encoder:
         """Return (h, w) of forward_tokens for square images of `image_size` pixels."""
         if image_size not in self._grids:
             blank = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=self.device)
-            side = math.isqrt(self.forward_tokens(blank).shape[1])
+            side = math.isqrt(self.forward_tokens(blank).shape[1] - int(self.module.has_cls))
             self._grids[image_size] = (side, side)
         return self._grids[image_size]
 

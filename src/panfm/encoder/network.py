@@ -1,8 +1,9 @@
 """The encoder as a module: a timm model without its classifier, with one stated pooling.
 
-In: normalised images, float [B, 3, S, S]. Out: one feature an image [B, D] (evaluation), or one a place [B, N, C] (the
-targets of a frozen teacher). Two families: token models (ViT, EVA, BEiT: prefix tokens, then the patches) and feature
-maps (CNNs and pyramids: their own global average, and the stride-16 map as places).
+In: normalised images, float [B, 3, S, S]. Out: one feature an image [B, D] (evaluation), or one a place and the class
+token before them, [B, cls + N, C] (the targets of a frozen teacher). Two families: token models (ViT, EVA, BEiT: prefix
+tokens, then the patches) and feature maps (CNNs and pyramids: their own global average, and the stride-16 map as
+places).
 """
 
 from collections.abc import Callable
@@ -49,9 +50,14 @@ class EncoderNetwork(nn.Module):
         return torch.cat([norm(cls_token), norm(patches.mean(dim=1))], dim=-1)  # [B, 2C]
 
     def forward_tokens(self, images: Tensor) -> Tensor:
-        """Return one feature a place: images float [B, 3, S, S] -> [B, h * w, C], row by row."""
+        """Return one feature a place: images float [B, 3, S, S] -> [B, h * w, C], row by row.
+
+        Where the model has a class token, it comes first: [B, 1 + h * w, C]. Registers are left out: they stand for
+        nothing that a student could align with.
+        """
         if self.is_token_model:
-            tokens = self.model.forward_features(images)[:, self.num_prefix_tokens :]  # type: ignore[operator]
+            tokens = self.model.forward_features(images)  # type: ignore[operator]  # [B, P + N, C]
+            tokens = torch.cat([tokens[:, : int(self.has_cls)], tokens[:, self.num_prefix_tokens :]], dim=1)
             # Models with the norm behind the pooling leave their tokens unnormalised, and a target must not be.
             return self.norm_behind_pooling(tokens)
         (feature_map,) = self.model.forward_intermediates(  # type: ignore[operator]
@@ -68,6 +74,11 @@ class EncoderNetwork(nn.Module):
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: class token, registers."""
         return int(self.model.num_prefix_tokens)  # type: ignore[arg-type]
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether its tokens begin with a class token."""
+        return self.is_token_model and getattr(self.model, "cls_token", None) is not None
 
     @property
     def num_tokens(self) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from panfm.config import config_class
-from panfm.data.transforms import AugmentConfig, augment_view
+from panfm.data.transforms import AugmentConfig, Scale, augment_view
 from panfm.encoder.load import Encoder
 from panfm.encoder.network import EncoderNetwork
 from panfm.errors import UserError
@@ -60,7 +60,7 @@ class FinetuneConfig:
     """How the head starts: as the linear probe on the frozen features, or at zero."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto = bf16 autocast on a GPU that has it, else fp32; bf16 also halves the time on CPUs with AVX512-BF16."""
-    crop_scale: tuple[float, float] = (0.5, 1.0)
+    crop_scale: Scale = (0.5, 1.0)
     """Area share of the random crops. Light: a lesion must not leave the picture."""
     workers: int = Field(default=0, ge=0)
     """Processes that decode and augment; 0 = in this process. Scores do not depend on it."""

@@ -1,34 +1,37 @@
-"""The encoder: a timm VisionTransformer, built from a config, that can look at the visible patches only.
+"""The encoder: a timm ViT, built from a config, that can look at the visible patches only.
 
-    EncoderConfig  ->  build_vit  ->  timm VisionTransformer (its state_dict is what checkpoints and exports hold)
+    EncoderConfig  ->  build_vit  ->  timm VisionTransformer or Eva, whose state_dict checkpoints and exports hold
     images [B, 3, H, W], mask [B, num_patches] (True = hidden)  ->  encode_visible  ->  tokens [B, prefix + visible, D]
 
-Prefix tokens are the CLS token and the registers, as far as the model has them.
+Prefix tokens are the CLS token and the registers, as far as the model has them. VisionTransformer adds a table of
+positions to its patches; Eva, which is timm's class of DINOv3, turns queries and keys by rotary ones.
 
 lightly's MaskedVisionTransformerTIMM does the same work and was not taken: it embeds and normalises every patch before
-it drops the hidden ones, fails on grids that are not square, owns a mask token that never gets a gradient here (ZeRO
-and DDP want one for every parameter), and re-initialises a pretrained encoder unless told not to. On two CPU cores
-dropping the patches first halves the cost of the embedding (10.5 against 21.4 ms for 64 images of 128 px).
+it drops the hidden ones, fails on grids that are not square and on rotary encoders, owns a mask token that never gets
+a gradient here (ZeRO and DDP want one for every parameter), and re-initialises a pretrained encoder unless told not
+to. On two CPU cores dropping the patches first halves the cost of the embedding (10.5 against 21.4 ms for 64 images of
+128 px).
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models import checkpoint_seq
+from timm.models import checkpoint, is_model_in_modules
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from panfm.config import config_class
 from panfm.errors import UserError
 
+Vit: TypeAlias = VisionTransformer | Eva
 MAX_EXPLICIT_TOKENS = 1025  # 32 x 32 patches and CLS: beyond, the gain is not worth the memory of the scores
 
 
@@ -37,7 +40,8 @@ class EncoderConfig:
     """What is pretrained and shipped: a timm model name and what is changed about it."""
 
     name: str = "vit_small_patch16_224"
-    """A timm model of class VisionTransformer; its width, depth, heads and prefix tokens come from the name."""
+    """A timm model of class VisionTransformer (vit_base_patch16_224), or Eva for rotary positions
+    (vit_base_patch16_dinov3); its width, depth, heads and prefix tokens come from the name."""
     image_size: int = Field(default=224, gt=0)
     """Height and width of the images in pixels; a multiple of the patch size."""
     patch_size: int | None = Field(default=None, gt=0)
@@ -51,7 +55,11 @@ class EncoderConfig:
     grad_checkpointing: bool = False
     """Compute each block again in backward: about a third more time, activations of one block instead of all."""
     init: str | None = None
-    """Encoder address whose weights the run starts from; None: random, drawn from the run's seed."""
+    """What the run starts from: an encoder address (timm:NAME, hf:DIR, panfm:DIR), or a checkpoint file of MAE, DINOv2,
+    DINOv3, PanDerm or timm (.safetensors, or .pth that holds tensors only). None: random, drawn from the run's seed."""
+    init_random: tuple[str, ...] = ()
+    """Weights that `init` lacks and that may start at random, by name or by a part of it, for example reg_token with
+    num_registers, or ls1 and ls2 with layer_scale. Everything else must be in `init`."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +76,28 @@ def get_timm_kwargs(config: EncoderConfig) -> dict[str, Any]:
     Pooling is the mean of the patch tokens after the final norm whatever the name says: so every parameter that the
     model has is also used in pretraining (no classifier, no pooling head), and the state_dict has the same keys.
     """
-    kwargs: dict[str, Any] = {"img_size": config.image_size, "num_classes": 0, "global_pool": "avg", "fc_norm": False}
+    kwargs: dict[str, Any] = {"img_size": config.image_size, "num_classes": 0, "global_pool": "avg"}
+    is_eva = is_model_in_modules(config.name, ["eva"])  # the same things, by other names
+    if is_eva:
+        # Without it, rotary positions are made for one size of image only, and silently used for all.
+        kwargs |= {"use_fc_norm": False, "dynamic_img_size": True}
+    else:
+        kwargs["fc_norm"] = False
     if config.patch_size is not None:
         kwargs["patch_size"] = config.patch_size
     if config.num_registers is not None:
-        kwargs["reg_tokens"] = config.num_registers
+        kwargs["num_reg_tokens" if is_eva else "reg_tokens"] = config.num_registers
     if config.layer_scale is not None:
         kwargs["init_values"] = config.layer_scale
     return kwargs
 
 
-def build_vit(config: EncoderConfig, seed: int, weights: Mapping[str, Tensor] | None = None) -> VisionTransformer:
+def build_vit(config: EncoderConfig, seed: int) -> Vit:
     """Build the encoder, the same for the same (config, seed); the global random state is left as it was.
 
-    weights: state_dict (timm keys) of the encoder that `config.init` names, which the caller loads; required exactly
-        when `init` is set, so that nothing is ever re-initialised silently. Its position embedding is resized to this
-        grid (bicubic); every other tensor must fit.
-    Raises UserError for a name that is not a plain timm ViT, a size that patches do not tile, weights that do not fit.
+    Its weights are random: where `config.init` is set, `panfm.models.weights.fit_weights` puts the others in.
+    Raises UserError for a name that is not a plain timm ViT and a size that patches do not tile.
     """
-    assert (config.init is None) == (weights is None), f"init is {config.init!r} and weights are {type(weights)}"
     if not timm.is_model(config.name):
         near = get_close_matches(config.name, timm.list_models("vit_*"), n=1)
         raise UserError(
@@ -102,13 +113,14 @@ def build_vit(config: EncoderConfig, seed: int, weights: Mapping[str, Tensor] | 
             )
         except (TypeError, AssertionError) as error:  # what timm's other families say to a ViT's arguments
             raise UserError(
-                f"encoder.name {config.name!r}: must be a plain timm VisionTransformer, for example "
-                f"vit_small_patch16_224 ({type(error).__name__} when it was built as one: {error})"
+                f"encoder.name {config.name!r}: must be a plain timm VisionTransformer or Eva, for example "
+                f"vit_small_patch16_224 or vit_small_patch16_dinov3 ({type(error).__name__} when it was built as one: "
+                f"{error})"
             ) from None
-    if type(vit) is not VisionTransformer or type(vit.patch_embed) is not PatchEmbed:
+    if type(vit) not in (VisionTransformer, Eva) or type(vit.patch_embed) is not PatchEmbed:
         raise UserError(
             f"encoder.name {config.name!r} is a {type(vit).__name__} with {type(vit.patch_embed).__name__}; "
-            "must be a plain VisionTransformer with PatchEmbed, for example vit_small_patch16_224"
+            "must be a plain VisionTransformer or Eva with PatchEmbed, for example vit_small_patch16_224"
         )
     side = vit.patch_embed.patch_size[0]
     if config.image_size % side:
@@ -116,14 +128,12 @@ def build_vit(config: EncoderConfig, seed: int, weights: Mapping[str, Tensor] | 
             f"encoder.image_size ({config.image_size}) must be a multiple of the patch size ({side}); "
             f"try {max(1, round(config.image_size / side)) * side}"
         )
-    if weights is not None:
-        _load_weights(vit, weights, f"encoder.init {config.init!r}")
     vit.set_grad_checkpointing(config.grad_checkpointing)
     return vit
 
 
-def get_patch_grid(vit: VisionTransformer) -> tuple[int, int]:
-    """Rows and columns of patches."""
+def get_patch_grid(vit: Vit) -> tuple[int, int]:
+    """Rows and columns of patches at the image size that the encoder was built for."""
     rows, columns = vit.patch_embed.grid_size
     return int(rows), int(columns)
 
@@ -151,12 +161,14 @@ def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index + offset, tokens.reshape(size * length, width))
 
 
-def take_patches(images: Tensor, index: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut images [B, C, H, W] into patches and keep those at index [B, K] -> [B * K, C, p, p]."""
+def take_patches(images: Tensor, index: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """Cut images [B, C, H, W] into patches and keep those at index [B, K], or all K = N -> [B * K, C, p, p]."""
     batch, channels, height, width = images.shape
     rows, columns = height // size[0], width // size[1]
     patches = images.reshape(batch, channels, rows, size[0], columns, size[1]).permute(0, 2, 4, 1, 3, 5)
     patches = patches.reshape(batch * rows * columns, channels, *size)
+    if index is None:
+        return patches
     offset = torch.arange(batch, device=index.device).unsqueeze(1) * (rows * columns)
     return patches.index_select(0, (index + offset).flatten())
 
@@ -174,7 +186,7 @@ def select_attention(blocks: nn.Module, device: torch.device, num_tokens: int) -
 
 
 def encode_visible(
-    vit: VisionTransformer,
+    vit: Vit,
     images: Tensor,
     mask: Tensor | TokenSplit | None,
     normalise: Callable[[Tensor], Tensor] | None = None,
@@ -182,30 +194,33 @@ def encode_visible(
     """Encode what is visible: the prefix tokens and the visible patches in ascending order, after the final norm.
 
     images: [B, 3, H, W], normalised; or raw with `normalise`, a function of [*, 3, h, w] that works pixel by pixel and
-        is then called for visible patches only.
+        is then called for visible patches only. H and W are any multiples of the patch size: for another grid than the
+        encoder's own, rotary positions are computed, and a table of positions is resampled (bicubic, antialiased).
     mask: bool [B, num_patches], True = hidden, the same number in every row; or the split that was made of it; or None.
     Returns [B, num_prefix_tokens + num_visible, D]; with mask None it equals `vit.forward_features(images)`.
     """
-    if mask is None:
-        select_attention(vit.blocks, images.device, vit.patch_embed.num_patches + vit.num_prefix_tokens)
-        whole: Tensor = vit.forward_features(images if normalise is None else normalise(images))
-        return whole
     size = vit.patch_embed.patch_size
     grid = (images.shape[2] // size[0], images.shape[3] // size[1])
-    assert grid == get_patch_grid(vit), f"images of {grid} patches for an encoder of {get_patch_grid(vit)}"
-    visible = (split_mask(mask) if isinstance(mask, Tensor) else mask).visible  # [B, V]
+    assert tuple(images.shape[2:]) == (grid[0] * size[0], grid[1] * size[1]), (
+        f"images of {tuple(images.shape[2:])} pixels, which patches of {size} do not tile"
+    )
+    split = split_mask(mask) if isinstance(mask, Tensor) else mask
+    visible = None if split is None else split.visible  # [B, V]; None: every patch, V = N
     patches = take_patches(images, visible, size)  # [B * V, 3, p, p]
     if normalise is not None:
         patches = normalise(patches)
     # The convolution of the patch embedding, whose windows do not overlap, as the matrix product that it is.
     projection = vit.patch_embed.proj
     x = F.linear(patches.flatten(1), projection.weight.flatten(1), projection.bias)
-    x = vit.patch_embed.norm(x).unflatten(0, visible.shape)  # [B, V, D]
-    prefix, x = _add_positions(vit, x, visible)
+    x = vit.patch_embed.norm(x).unflatten(0, (images.shape[0], -1))  # [B, V, D]
+    prefix, x = _add_positions(vit, x, grid, visible)
     x = vit.pos_drop(torch.cat([*prefix, x], dim=1))  # [B, prefix + V, D]
     x = vit.norm_pre(x)
     select_attention(vit.blocks, x.device, x.shape[1])
-    x = checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing else vit.blocks(x)
+    rotations = _get_rotations(vit, grid, visible)
+    for number, block in enumerate(vit.blocks):
+        how = {} if rotations is None else {"rope": rotations[number]}
+        x = checkpoint(block, x, **how) if vit.grad_checkpointing else block(x, **how)
     tokens: Tensor = vit.norm(x)
     return tokens
 
@@ -222,38 +237,29 @@ def compute_sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
 
 
-def _add_positions(vit: VisionTransformer, x: Tensor, visible: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Add the position embedding to visible patches [B, V, D] and, in timm's older layout, to the prefix tokens."""
+def _add_positions(vit: Vit, x: Tensor, grid: tuple[int, int], visible: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """Add the table of positions to patches [B, V, D] and, in timm's older layout, to the prefix tokens."""
     prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
     if vit.pos_embed is not None:
-        table = vit.pos_embed[0]
-        if not vit.no_embed_class:  # the table starts with a row for each prefix token
-            if prefix:
-                prefix = [torch.cat(prefix, dim=1) + table[: vit.num_prefix_tokens]]
-            table = table[vit.num_prefix_tokens :]
-        x = x + take_tokens(table, visible)
+        num_rows = 0 if vit.no_embed_class else vit.num_prefix_tokens  # the table starts with a row for each
+        table = resample_abs_pos_embed(vit.pos_embed, grid, get_patch_grid(vit), num_prefix_tokens=num_rows)[0]
+        if num_rows:
+            prefix = [torch.cat(prefix, dim=1) + table[:num_rows]]
+        table = table[num_rows:]  # [N, D]
+        x = x + (table if visible is None else take_tokens(table, visible))
     return [token.to(x.dtype).expand(x.shape[0], -1, -1) for token in prefix], x
 
 
-def _load_weights(vit: VisionTransformer, weights: Mapping[str, Tensor], where: str) -> None:
-    """Copy a state_dict into the encoder, the position embedding resized; a missing or unknown key is a UserError."""
-    weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
-    own = vit.state_dict()
-    if "pos_embed" in weights and "pos_embed" in own and weights["pos_embed"].shape != own["pos_embed"].shape:
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        num_patches = weights["pos_embed"].shape[1] - prefix
-        if num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches:  # else it is a fault, named below
-            weights["pos_embed"] = resample_abs_pos_embed(
-                weights["pos_embed"], new_size=get_patch_grid(vit), num_prefix_tokens=prefix
-            )
-    faults = [f"{key} is missing" for key in own if key not in weights]
-    faults += [f"{key} is unknown to the encoder" for key in weights if key not in own]
-    faults += [
-        f"{key} is {tuple(weights[key].shape)} where the encoder has {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise UserError(f"{where}: {faults[0]}{more}; the weights must be those of encoder.name, patch_size, registers")
-    vit.load_state_dict(weights)
+def _get_rotations(vit: Vit, grid: tuple[int, int], visible: Tensor | None) -> list[Tensor] | None:
+    """Sine and cosine of the rotary positions of visible patches, for each block; None where there are none.
+
+    Each is [N, 2 d] or, gathered for each image, [B, 1, V, 2 d]; where every block and head has frequencies of its own
+    (timm's "mixed"), [heads, N, 2 d] or [B, heads, V, 2 d]. The random shifts of training are drawn once a call.
+    """
+    if getattr(vit, "rope", None) is None:
+        return None
+    table = vit.rope.get_embed(shape=list(grid))
+    assert table.shape[-2] == grid[0] * grid[1], f"rotary positions for {table.shape[-2]} patches, images have {grid}"
+    if vit.rope_mixed:
+        return [own if visible is None else own[:, visible].transpose(0, 1) for own in table]
+    return [table if visible is None else take_tokens(table, visible).unsqueeze(1)] * len(vit.blocks)

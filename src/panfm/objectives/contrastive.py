@@ -19,10 +19,9 @@ from panfm.config import config_class
 from panfm.data.batch import NO_GROUP, Batch
 from panfm.distributed import all_reduce_mean, gather_with_gradient, get_rank, get_world_size
 from panfm.models.heads import ProjectionHead
-from panfm.objectives.interface import EncodedView, ObjectiveOutput, ViewKey
+from panfm.objectives.interface import EncodedView, Metric, ObjectiveOutput, ViewKey, compute_modality_losses
 from panfm.objectives.targets import widen
-
-MIN_TEMPERATURE = 0.01  # as CLIP: below it one hard pair decides a step
+from panfm.objectives.temperature import MAX_SCALE, bound_log_scale
 
 
 @config_class
@@ -43,7 +42,7 @@ class ContrastiveConfig:
     visible_only: bool = True
     """Where the run hides patches, contrast encodings of the visible ones: cheaper, and view 0 is shared with
     masked_image. Otherwise whole views are encoded for this objective alone."""
-    temperature: float = Field(default=0.1, ge=MIN_TEMPERATURE)
+    temperature: float = Field(default=0.1, ge=1 / MAX_SCALE)
     """Divides the cosines, or starts to."""
     learnable_temperature: bool = True
     """Whether the temperature is trained (its inverse in the logarithm, as in CLIP), not below 0.01."""
@@ -68,7 +67,8 @@ class InfoNCE:
     """A contrastive loss and how much of the batch it is about."""
 
     loss: Tensor  # this rank's part: the mean over ranks is the loss of the whole batch
-    share_with_positive: Tensor  # of this rank's embeddings; the others are negatives only
+    losses: Tensor  # [N] of this rank's embeddings, 0 without a positive
+    has_positive: Tensor  # bool [N]; the others are negatives only
 
 
 def compute_info_nce(
@@ -118,10 +118,10 @@ def compute_info_nce(
         # are left as they are and weighted by zero.
         log_sums = logits.masked_fill(ignored & is_anchor.unsqueeze(1), -torch.inf).logsumexp(dim=1)
         attraction = (logits * positive).sum(dim=1) / num_positives.clamp(min=1)
-        total = ((log_sums - attraction) * is_anchor).sum()
-        mean_num_anchors = all_reduce_mean(is_anchor.sum().to(total.dtype))  # over ranks
-        loss = total / mean_num_anchors.clamp(min=1 / get_world_size())
-    return InfoNCE(loss, is_anchor.to(total.dtype).mean())
+        losses = (log_sums - attraction) * is_anchor  # [N]
+        mean_num_anchors = all_reduce_mean(is_anchor.sum().to(losses.dtype))  # over ranks
+        loss = losses.sum() / mean_num_anchors.clamp(min=1 / get_world_size())
+    return InfoNCE(loss, losses, is_anchor)
 
 
 class Contrastive(nn.Module):
@@ -140,16 +140,26 @@ class Contrastive(nn.Module):
 
     def forward(self, views: tuple[EncodedView, ...], batch: Batch) -> ObjectiveOutput:
         """Encoded views of one batch -> loss, temperature, share of embeddings that had a positive."""
-        embeddings = torch.cat([self.head(view.pooled) for view in views])  # [views * B, output_dim], view by view
+        return self.compare(self.represent(views, batch), batch)
+
+    def represent(self, views: tuple[EncodedView, ...], batch: Batch) -> Tensor:
+        """What is compared: the projected mean patch token of every view [num_views, B, output_dim]."""
+        return torch.stack([self.head(view.pooled) for view in views])
+
+    def compare(self, embeddings: Tensor, batch: Batch) -> ObjectiveOutput:
+        """Compare the embeddings [num_views, B, output_dim] of a batch, of which only the numbers are looked at."""
+        num_views, embeddings = len(embeddings), embeddings.flatten(0, 1)  # [num_views * B, output_dim], view by view
         ids = (batch.positions, batch.lesions, batch.patients, batch.visits)
-        groups = Groups(*(values.repeat(len(views)) for values in ids))
-        log_scale = self.log_scale.clamp(max=-math.log(MIN_TEMPERATURE))
+        groups = Groups(*(values.repeat(num_views) for values in ids))
+        log_scale = bound_log_scale(self.log_scale)
         result = compute_info_nce(
             embeddings, groups, log_scale, positives=self.positives, across_visits=self.across_visits
         )
-        metrics = {
+        modalities = batch.modalities.repeat(num_views)
+        metrics: dict[str, Metric] = {
             "loss": result.loss.detach(),
-            "share_with_positive": result.share_with_positive,
+            "share_with_positive": result.has_positive.to(result.loss.dtype).mean(),
             "temperature": torch.exp(-log_scale.detach()).squeeze(0),
+            **compute_modality_losses(result.losses, modalities, counted=result.has_positive),
         }
         return ObjectiveOutput(result.loss, metrics)

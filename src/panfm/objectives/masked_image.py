@@ -1,7 +1,8 @@
 """Masked image modelling: hide patches, encode the visible ones, predict what the hidden ones hold.
 
-    EncodedView  ->  Decoder               ->  hidden pixels   against  compute_pixel_targets    ->  mean squared error
-                 ->  Regressor, TokenHead  ->  all tokens      against  compute_teacher_targets  ->  1 - cosine
+    EncodedView  ->  Decoder               ->  hidden pixels   against  compute_pixel_targets  ->  mean squared error
+                 ->  Regressor, TokenHead  ->  tokens          against  a frozen teacher's     ->  1 - cosine
+                                                               against  the EMA teacher's      ->  that or smooth L1
 
 Losses run in float32 whatever the autocast.
 """
@@ -19,18 +20,19 @@ from panfm.data.batch import Batch
 from panfm.data.masking import MaskConfig
 from panfm.models.heads import Decoder, Regressor, TokenHead
 from panfm.models.vit import TokenSplit, take_tokens
-from panfm.objectives.interface import EncodedView, ObjectiveOutput, ViewKey
+from panfm.objectives.interface import EncodedView, ObjectiveOutput, ViewKey, compute_modality_losses
 from panfm.objectives.targets import (
+    EmaTargets,
+    EmaTeacherConfig,
+    FrozenTargets,
     FrozenTeacherConfig,
     PixelTargetConfig,
-    Teacher,
     TeacherTargets,
     compute_pixel_targets,
-    compute_teacher_targets,
     widen,
 )
 
-TargetConfig = Annotated[PixelTargetConfig | FrozenTeacherConfig, Field(discriminator="kind")]
+TargetConfig = Annotated[PixelTargetConfig | FrozenTeacherConfig | EmaTeacherConfig, Field(discriminator="kind")]
 
 
 @config_class
@@ -84,7 +86,7 @@ class MaskedPixels(nn.Module):
         self.pixel_normalise = pixel_normalise
         self.patch_normalise = patch_normalise
 
-    def forward(self, views: tuple[EncodedView, ...], batch: Batch | None = None) -> ObjectiveOutput:
+    def forward(self, views: tuple[EncodedView, ...], batch: Batch) -> ObjectiveOutput:
         """One encoded view -> loss; without a hidden patch the loss is 0, with its gradient path in place."""
         (view,) = views
         assert view.split is not None, "masked_image needs masks in the batch"
@@ -98,61 +100,86 @@ class MaskedPixels(nn.Module):
             )
         predictions = self.decoder(view.tokens, view.split)  # [B, H, p * p * 3]
         with torch.autocast(predictions.device.type, enabled=False):
-            loss = (widen(predictions) - targets).square().sum() / max(1, targets.numel())
-        return ObjectiveOutput(loss, {"loss": loss.detach()})
+            # Every image hides the same number of patches, so the mean over images is the mean over hidden patches.
+            squares = F.mse_loss(widen(predictions), targets, reduction="none")  # [B, H, p * p * 3]
+            losses = squares.flatten(1).sum(dim=1) / max(1, targets[0].numel())  # [B]
+            loss = losses.mean()
+        return ObjectiveOutput(loss, {"loss": loss.detach(), **compute_modality_losses(losses, batch.modalities)})
 
 
 class MaskedLatents(nn.Module):
-    """CAE v2 (Zhang et al., TMLR 2023) and PanDerm: align every token of the student with a frozen teacher's.
+    """Predict the tokens of a teacher that sees the whole view.
 
-        loss = mean over the batch and over [CLS, visible, hidden] of 1 - cos(prediction, target)
+        loss = mean over the batch and over the tokens of  1 - cos(prediction, target)  or of the mean smooth L1 error
+
+    A frozen teacher, cosine, all tokens [CLS, visible, hidden]: CAE v2 (Zhang et al., TMLR 2023) and PanDerm. The
+    student's own average, smooth L1, hidden tokens: data2vec (Baevski et al., ICML 2022), with the hidden patches left
+    out of the encoder and a regressor behind it in place of mask tokens inside.
 
     CLS is aligned with the teacher's CLS or, where it has none (a CNN), with the mean of its map, and counts as one
     token. A student without CLS aligns its patches only.
     """
 
-    view_keys = (ViewKey(view=0, masked=True),)
-
     def __init__(
         self,
         regressor: Regressor,
         head: TokenHead,
-        teacher: Teacher,
-        grid: tuple[int, int],
-        normalise: Literal["none", "layer_norm"],
+        targets: FrozenTargets | EmaTargets,
         *,
         has_cls: bool,
+        tokens: Literal["hidden", "all"] = "all",
+        loss: Literal["cosine", "smooth_l1"] = "cosine",
     ) -> None:
         super().__init__()
         self.regressor = regressor
         self.head = head
-        self.teacher = (teacher,)  # in a tuple, so that it is no submodule: not trained, wrapped, moved or saved
-        self.grid = grid
-        self.normalise = normalise
+        self.targets = targets  # no module: a teacher in it is not trained, wrapped, moved or saved
+        self.view_keys = targets.view_keys
         self.has_cls = has_cls
+        self.tokens = tokens
+        self.loss = loss
 
-    def forward(self, views: tuple[EncodedView, ...], batch: Batch | None = None) -> ObjectiveOutput:
-        """One encoded view -> loss, and the mean cosine of whole image, visible and hidden tokens."""
-        (view,) = views
+    def forward(self, views: tuple[EncodedView, ...], batch: Batch) -> ObjectiveOutput:
+        """The views of `view_keys` -> loss, and the mean cosine of whole image, visible and hidden tokens.
+
+        Without a token to predict the loss is 0, with its gradient path in place.
+        """
+        view = views[0]
         split = view.split
         assert split is not None, "masked_image needs masks in the batch"
-        targets = compute_teacher_targets(self.teacher[0], view.images, self.grid, self.normalise)
+        targets = self.targets.compute(views)
         tokens = self.regressor(view.tokens, split)  # [B, prefix + visible + hidden, width]
-        if view.num_prefix > self.has_cls:  # registers have no target
+        if self.tokens == "hidden":
+            tokens = tokens[:, view.tokens.shape[1] :]
+        elif view.num_prefix > self.has_cls:  # registers have no target
             tokens = torch.cat([tokens[:, : int(self.has_cls)], tokens[:, view.num_prefix :]], dim=1)
-        predictions = self.head(tokens)  # [B, cls + visible + hidden, D]
+        predictions = self.head(tokens)  # [B, cls + visible + hidden, D], or [B, hidden, D]
         with torch.autocast(predictions.device.type, enabled=False):
-            cosines = F.cosine_similarity(widen(predictions), self._arrange(targets, split), dim=-1)
-            loss = (1 - cosines).mean()
-        return ObjectiveOutput(loss, {"loss": loss.detach(), **self._describe(cosines.detach(), split)})
+            predictions, expected = widen(predictions), self._arrange(targets, split)
+            if self.loss == "cosine":
+                cosines = F.cosine_similarity(predictions, expected, dim=-1)
+                errors = 1 - cosines
+            else:
+                cosines = F.cosine_similarity(predictions.detach(), expected, dim=-1)
+                errors = F.smooth_l1_loss(predictions, expected, reduction="none").mean(dim=-1)
+            losses = errors.sum(dim=1) / max(1, errors.shape[1])  # [B]; every image has the same number of tokens
+            loss = losses.mean()
+        metrics = {"loss": loss.detach(), **self._describe(cosines.detach(), split)}
+        if isinstance(self.targets, EmaTargets):  # about 1; towards 0 all places of all images look alike to it
+            metrics["target_std"] = targets.patches.flatten(0, 1).std(dim=0, correction=0).mean()
+        return ObjectiveOutput(loss, {**metrics, **compute_modality_losses(losses, batch.modalities)})
 
     def _arrange(self, targets: TeacherTargets, split: TokenSplit) -> Tensor:
-        """Targets in the order of the predictions: [CLS, visible, hidden]."""
+        """Targets in the order of the predictions: [CLS, visible, hidden], or hidden alone."""
+        if self.tokens == "hidden":
+            return take_tokens(targets.patches, split.hidden)
         patches = take_tokens(targets.patches, torch.cat([split.visible, split.hidden], dim=1))
         return torch.cat([targets.whole.unsqueeze(1), patches], dim=1) if self.has_cls else patches
 
     def _describe(self, cosines: Tensor, split: TokenSplit) -> dict[str, Tensor]:
         """Mean cosine by kind of token; a kind that the config leaves without tokens has no entry."""
         sizes = [int(self.has_cls), split.visible.shape[1], split.hidden.shape[1]]
+        if self.tokens == "hidden":
+            sizes[:2] = 0, 0
         parts = zip(("cosine_cls", "cosine_visible", "cosine_hidden"), cosines.split(sizes, dim=1), strict=True)
         return {name: part.mean() for name, part in parts if part.shape[1]}

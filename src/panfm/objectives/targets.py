@@ -1,11 +1,13 @@
-"""What a masked-image objective predicts: pixels, or the tokens of a teacher.
+"""What a masked-image objective predicts: pixels, or the tokens of a teacher, frozen or the student's own average.
 
-    images [B, 3, H, W]        ->  compute_pixel_targets    ->  [B, hidden, p * p * 3]
-    images uint8, Teacher      ->  compute_teacher_targets  ->  TeacherTargets: whole image [B, D], patches [B, N, D]
+    images [B, 3, H, W]         ->  compute_pixel_targets    ->  [B, hidden, p * p * 3]
+    images uint8, Teacher       ->  compute_teacher_targets  ->  TeacherTargets: whole image [B, D], patches [B, N, D]
+    EncodedView by EMA teacher  ->  EmaTargets.compute       ->  the same
 
 No gradient flows into a target. Targets are float32 (or wider), whatever the autocast.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from panfm.config import config_class
 from panfm.models.vit import take_patches
+from panfm.objectives.ema import EmaConfig
+from panfm.objectives.interface import EncodedView, ViewKey
 
 NORM_EPS = 1e-6
 
@@ -43,6 +47,23 @@ class FrozenTeacherConfig:
     (as in a feature map after ReLU) cannot make every target look alike to the cosine. none: as published."""
 
 
+@config_class
+class EmaTeacherConfig:
+    """Predict what a moving average of the encoder itself makes of the whole image (data2vec)."""
+
+    kind: Literal["ema_teacher"] = "ema_teacher"
+    num_blocks: int = Field(default=6, ge=1)
+    """Blocks, from the last on, whose outputs are averaged into the target. data2vec found a mean over half of the
+    encoder steadier than its last block alone, which is the most abstract and the first to collapse."""
+    tokens: Literal["hidden", "all"] = "hidden"
+    """Which tokens are predicted: those of hidden patches (data2vec), or also CLS and the visible ones."""
+    loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
+    """smooth_l1: half the squared error, linear beyond 1, so that outliers among the targets weigh less (data2vec).
+    cosine: 1 - cosine, which asks for the direction only."""
+    ema: EmaConfig = EmaConfig()
+    """How the teacher follows."""
+
+
 class Teacher(Protocol):
     """What a teacher must be able to do; `panfm.encoder.Encoder` does. It resizes and normalises images itself."""
 
@@ -59,6 +80,39 @@ class TeacherTargets:
 
     whole: Tensor  # [B, D]: the teacher's CLS token, or the mean of its map where it has none
     patches: Tensor  # [B, N, D]
+
+
+@dataclass(frozen=True)
+class FrozenTargets:
+    """The tokens of a frozen teacher, which sees the images at its own size; `compute_teacher_targets`."""
+
+    teacher: Teacher
+    grid: tuple[int, int]  # rows and columns of the student
+    normalise: Literal["none", "layer_norm"]
+    view_keys = (ViewKey(view=0, masked=True),)
+
+    def compute(self, views: tuple[EncodedView, ...]) -> TeacherTargets:
+        """Views as `view_keys` name them -> targets."""
+        return compute_teacher_targets(self.teacher, views[0].images, self.grid, self.normalise)
+
+
+@dataclass(frozen=True)
+class EmaTargets:
+    """The tokens of the EMA teacher, normalised: the mean of its last `num_blocks` blocks (see `encode_by_teacher`)."""
+
+    num_blocks: int
+
+    @property
+    def view_keys(self) -> tuple[ViewKey, ...]:
+        """What the student sees, and what the teacher does."""
+        teacher = ViewKey(view=0, masked=False, encoder="teacher", num_blocks=self.num_blocks)
+        return (ViewKey(view=0, masked=True), teacher)
+
+    def compute(self, views: tuple[EncodedView, ...]) -> TeacherTargets:
+        """Views as `view_keys` name them -> targets."""
+        patches = views[1].tokens[:, views[1].num_prefix :]
+        whole = views[1].tokens[:, 0] if views[1].num_prefix else patches.mean(dim=1)
+        return TeacherTargets(whole=whole, patches=patches)
 
 
 def compute_pixel_targets(
@@ -79,8 +133,9 @@ def compute_pixel_targets(
     patches = patches.permute(0, 2, 3, 1).flatten(1).unflatten(0, index.shape)  # [B, K, p * p * C]
     if not patch_normalise or patches.numel() == 0:  # torch warns of the variance of nothing
         return patches
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) * (variance + NORM_EPS).rsqrt()
+    # In one pass: a layer norm divides by the biased variance, which is smaller by this share.
+    share = 1 - 1 / patches.shape[-1]
+    return F.layer_norm(patches, patches.shape[-1:], eps=NORM_EPS * share).mul_(math.sqrt(share))
 
 
 def compute_teacher_targets(

@@ -278,7 +278,7 @@ def make_croissant(shard_set: ShardSet) -> dict[str, Any]:
             "name": SAMPLES_FILE,
             "description": "one row an image: its metadata, and where its bytes lie; its column labels is a map (name "
             "to value), which Croissant has no type for",
-            "contentSize": f"{(shard_set.path / SAMPLES_FILE).stat().st_size} B",
+            "contentSize": f"{shard_set.samples_path.stat().st_size} B",
             "contentUrl": SAMPLES_FILE,
             "encodingFormat": "application/x-parquet",
             "sha256": index["samples_sha256"],

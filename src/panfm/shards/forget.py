@@ -107,7 +107,7 @@ def find_patient(shard_set: ShardSet, patient: str, key_file: Path | None = None
                 "--key-file, or the patient's hashed id (p and 16 hexadecimal characters)"
             )
         else:
-            key = load_key(key_file, shard_folder=shard_set.path)
+            key = load_key(key_file, shard_folder=shard_set.folder)
         known = shard_set.index["identifiers"]["key_fingerprint"]
         if key.fingerprint != known:
             raise UserError(
@@ -194,7 +194,7 @@ def _stage(
     quarantine_as: str | None,
 ) -> Removal:
     """Write every changed file beside the set, then commit.json. A failure leaves the set as it was."""
-    folder, table = shard_set.path, shard_set.table
+    folder, table = shard_set.folder, shard_set.table
     staged = folder / Path(PENDING_REMOVAL).parent / "new"
     shutil.rmtree(staged.parent, ignore_errors=True)  # of a removal that was cut off before its commit
     staged.mkdir(parents=True)
@@ -260,7 +260,8 @@ def _stage(
 
 def _rewrite_tar(tar: Path, out: Path, keys: frozenset[str]) -> dict[str, Member]:
     """Copy a shard without the members of `keys`, the others byte for byte; the new places of those by name."""
-    members, faults = read_members(tar)
+    with tar.open("rb") as file:
+        members, faults = read_members(file)
     if faults:
         raise UserError(f"{tar}: {faults[0]}; copy or build the shards again, nothing was removed")
     places: dict[str, Member] = {}
@@ -324,7 +325,8 @@ def _stage_quarantine(
     gone = keys | {slide for slide in slides if slide is not None}
     added = [{"key": key, "reason": quarantine_as, "num": "1"} for key in sorted(keys)] if quarantine_as else []
     counts = Counter(shard_set.index["num_rejected"])
-    for path in [shard_set.path / QUARANTINE_FILE, *sorted((shard_set.path / REVIEW).glob("*.csv"))]:
+    folder = shard_set.folder
+    for path in [folder / QUARANTINE_FILE, *sorted((folder / REVIEW).glob("*.csv"))]:
         if not path.is_file():
             continue
         with path.open(encoding="utf-8", newline="") as file:
@@ -344,7 +346,7 @@ def _stage_quarantine(
         writer = csv.DictWriter(buffer, header, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_bytes(staged / path.relative_to(shard_set.path), buffer.getvalue().encode())
+        write_bytes(staged / path.relative_to(folder), buffer.getvalue().encode())
     return {reason: count for reason, count in sorted(counts.items()) if count}
 
 

@@ -177,7 +177,9 @@ def _list_open(shard_set: ShardSet) -> tuple[str, ...]:
     if others := [name for name in card.open_questions if name not in named]:
         points.append(f"The card still says TODO: {', '.join(others)}.")
     state = read_review_state(shard_set)
-    if state.num_screened < state.num_samples:
+    if not state.is_known:
+        points.append("Screening and review: not known of a set at a URL; make this page where its folder is.")
+    elif state.num_screened < state.num_samples:
         points.append(
             f"Screening: {state.num_samples - state.num_screened:,} of {state.num_samples:,} images were not screened "
             "for faces and writing (panfm shards review)."

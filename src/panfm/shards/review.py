@@ -66,11 +66,12 @@ class ReviewState:
     num_removed: int  # flagged and removed
     num_unflagged_seen: int  # images without a flag that a person looked at and kept or removed
     num_missed: int  # of these: had to be removed
+    is_known: bool  # whether the record was read: not that of a set at a URL
 
     def __str__(self) -> str:
         """One line: screened no, or yes with what is open."""
         if self.num_screened == 0:
-            line = "screened: no"
+            line = "screened: no" if self.is_known else "screened: not known of a set at a URL"
         else:
             share = "" if self.num_screened == self.num_samples else f" {self.num_screened:,} of {self.num_samples:,},"
             found = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.items() if count)
@@ -109,13 +110,13 @@ def write_flags(shard_set: ShardSet, *, processes: int = 1) -> list[Flag]:
     ]
     keys = shard_set.table["key"].to_pylist()
     rows += [(SCREENING_VERSION, key, "none", "", "", "", "", "") for key in keys if key not in flagged]
-    _write_csv(shard_set.path / REVIEW_FOLDER / FLAGS_FILE, FLAG_COLUMNS, rows)
+    _write_csv(shard_set.folder / REVIEW_FOLDER / FLAGS_FILE, FLAG_COLUMNS, rows)
     return flags
 
 
 def read_flags(shard_set: ShardSet) -> tuple[frozenset[str], list[Flag]]:
     """The keys that this version of the screening looked at, and its flags; both empty before any screening."""
-    path = shard_set.path / REVIEW_FOLDER / FLAGS_FILE
+    path = shard_set.folder / REVIEW_FOLDER / FLAGS_FILE
     if not path.is_file():
         return frozenset(), []
     rows = [row for row in _read_csv(path, FLAG_COLUMNS) if row["version"] == str(SCREENING_VERSION)]
@@ -162,7 +163,7 @@ def write_sheet(
     and fetches nothing; it shows pixels of patients and belongs where the shards belong.
     """
     screened, flags = read_flags(shard_set)
-    decided = read_decisions(shard_set.path)
+    decided = read_decisions(shard_set.folder)
     by_key: dict[str, list[Flag]] = {}
     for flag in flags:
         by_key.setdefault(flag.key, []).append(flag)
@@ -191,7 +192,7 @@ def write_sheet(
             screened=bool(screened),
         )
     )
-    path = shard_set.path / REVIEW_FOLDER / SHEET_FILE
+    path = shard_set.folder / REVIEW_FOLDER / SHEET_FILE
     write_text(path, page.rstrip() + "\n")
     return Sheet(path, len(images), len(chosen) - len(images))
 
@@ -274,9 +275,10 @@ def record_decisions(folder: str | Path, decisions: str | Path, *, by: str, date
     for flag in read_flags(shard_set)[1]:
         kinds.setdefault(flag.key, set()).add(flag.kind)
 
-    path = shard_set.path / REVIEW_FOLDER / DECISIONS_FILE
+    folder = shard_set.folder
+    path = folder / REVIEW_FOLDER / DECISIONS_FILE
     before = _read_csv(path, DECISION_COLUMNS) if path.is_file() else []
-    version = 1 + max((one.version for one in read_decisions(shard_set.path).values()), default=0)
+    version = 1 + max((one.version for one in read_decisions(folder).values()), default=0)
     day = date or calendar_date.today().isoformat()
     added = [
         (version, key, verdict, "+".join(sorted(kinds.get(key, ()))) or "none", by, day)
@@ -284,15 +286,15 @@ def record_decisions(folder: str | Path, decisions: str | Path, *, by: str, date
     ]
     # First the record, then the removal: if that is cut off, the record says what is still to be removed.
     _write_csv(path, DECISION_COLUMNS, [*(tuple(row.values()) for row in before), *added])
-    doomed = {key: one for key, one in read_decisions(shard_set.path).items() if one.decision == "remove"}
+    doomed = {key: one for key, one in read_decisions(folder).items() if one.decision == "remove"}
     for reason, flagged in ((REJECTED, True), (MISSED, False)):
         keys = [key for key, one in doomed.items() if key in present and (one.flags != "none") is flagged]
         if keys:
-            remove_samples(shard_set.path, keys, f"{reason.replace('_', ' ')}, decided by {by}", quarantine_as=reason)
+            remove_samples(folder, keys, f"{reason.replace('_', ' ')}, decided by {by}", quarantine_as=reason)
     num_removed = len(doomed.keys() & present)
     num_kept = sum(verdict == "keep" for verdict in ours.values())
     if num_removed == 0:  # a removal takes the sheet away; without one it still shows what is decided now
-        (shard_set.path / REVIEW_FOLDER / SHEET_FILE).unlink(missing_ok=True)
+        (folder / REVIEW_FOLDER / SHEET_FILE).unlink(missing_ok=True)
     return Recorded(num_kept, num_removed, len(given) - len(ours))
 
 
@@ -315,8 +317,9 @@ def _read_given(path: Path) -> dict[str, str]:
 
 def read_review_state(shard_set: ShardSet) -> ReviewState:
     """How far screening and review are; removed images are counted from the index."""
-    screened, flags = read_flags(shard_set)
-    decisions = read_decisions(shard_set.path)
+    is_known = isinstance(shard_set.path, Path)  # the record lies in the folder; of a URL only the shards are read
+    screened, flags = read_flags(shard_set) if is_known else (frozenset[str](), [])
+    decisions = read_decisions(shard_set.folder) if is_known else {}
     flagged = {flag.key for flag in flags}
     present = set(shard_set.table["key"].to_pylist())
     counts = Counter(kind for _, kind in {(flag.key, flag.kind) for flag in flags})
@@ -332,6 +335,7 @@ def read_review_state(shard_set: ShardSet) -> ReviewState:
         num_removed=rejected.get(REJECTED, 0),
         num_unflagged_seen=len((decisions.keys() - flagged) & present) + rejected.get(MISSED, 0),
         num_missed=rejected.get(MISSED, 0),
+        is_known=is_known,
     )
 
 

@@ -72,7 +72,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class _Task:
-    folder: Path
+    reader: ShardReader
     images: tuple[tuple[str, str, int, int], ...]  # key, shard, offset, length
 
 
@@ -88,7 +88,7 @@ def screen_images(shard_set: ShardSet, *, processes: int = 1) -> list[Flag]:
         for row, key in enumerate(keys)
     ]
     tasks = [
-        _Task(shard_set.path, tuple(images[start : start + IMAGES_PER_TASK]))
+        _Task(shard_set.reader, tuple(images[start : start + IMAGES_PER_TASK]))
         for start in range(0, len(images), IMAGES_PER_TASK)
     ]
     answers = run_tasks(
@@ -106,10 +106,9 @@ def _screen_some(task: _Task) -> list[Flag]:
     cv2 = _import_opencv()
     cv2.setNumThreads(1)  # the processes are the parallelism
     cascades = _load_cascades(cv2)
-    reader = ShardReader(task.folder)
     flags = []
     for key, shard, offset, length in task.images:
-        with Image.open(BytesIO(reader.read(shard, offset, length))) as image:
+        with Image.open(BytesIO(task.reader.read(shard, offset, length))) as image:
             pixels = np.asarray(image.convert("L"))
         for kind, box, score in [*find_faces(pixels, cascades), *find_text(pixels)]:
             flags.append(Flag(key, kind, *box, score))

@@ -24,6 +24,7 @@ from panfm.executor import run_tasks
 from panfm.files import write_text
 from panfm.shards.drawing import draw_photograph
 from panfm.shards.scenery import Camera, PhotographModality, Scene
+from panfm.shards.synthetic_captions import write_caption
 from panfm.shards.synthetic_patients import MALIGNANT, NOTICE, Lesion, Patient, Visit, draw_patient
 from panfm.shards.tissue import Stain, draw_section, write_slide
 
@@ -78,7 +79,7 @@ LESION_COLUMNS = (
     "phototype_source",
     "synthetic",
 )
-PHOTOGRAPH_COLUMNS = ("path", "mask_path", "modality", *LESION_COLUMNS)
+PHOTOGRAPH_COLUMNS = ("path", "mask_path", "modality", "caption", *LESION_COLUMNS)
 SLIDE_COLUMNS = ("path", *LESION_COLUMNS)
 
 Row = dict[str, str]
@@ -201,7 +202,7 @@ def _write_photograph(
     (folder / "images" / f"{name}.jpg").write_bytes(data.getvalue())
     Image.fromarray(photograph.mask.astype(np.uint8) * 255).save(folder / "masks" / f"{name}.png", optimize=False)
     paths = {"path": f"images/{name}.jpg", "mask_path": f"masks/{name}.png", "modality": kind}
-    return paths | _describe(name, patient, lesion, visit, gaps)
+    return paths | {"caption": write_caption(lesion, visit, kind)} | _describe(name, patient, lesion, visit, gaps)
 
 
 def _write_slide(folder: Path, patient: Patient, lesion: Lesion, gaps: frozenset[str]) -> Row:

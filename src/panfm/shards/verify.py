@@ -1,18 +1,22 @@
 """Is a shard set still what its index says? Every byte of every tar is read; nothing is changed.
 
-    DIR/{index.json, samples.parquet, *.tar}  ->  one task a shard: sizes, hashes, members, JSON, masks  ->  faults
+    DIR or URL/{index.json, samples.parquet, *.tar} -> one task a shard: sizes, hashes, members, JSON, masks -> faults
 
 A tar tells its rows a second time: from its members alone come the keys, the metadata, the places and the hashes, and
 they must equal the rows of samples.parquet. What a tar may hold is a closed list of names, so that links, absolute
-paths, executable formats and bytes hidden behind the end are faults by themselves.
+paths, executable formats and bytes hidden behind the end are faults by themselves. Shards at a URL are fetched one a
+process into a file without a name; what else lies at the URL cannot be listed and is not looked at.
 """
 
 import csv
+import hashlib
 import json
-import re
+import os
 import tarfile
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,15 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from panfm.errors import UserError
 from panfm.executor import run_tasks
 from panfm.files import compute_file_sha256, compute_sha256
 from panfm.shards.index import INDEX_FILE, QUARANTINE_FILE, SAMPLES_FILE, read_index
+from panfm.shards.piece_cache import open_cached_set
 from panfm.shards.quality import RejectedImageError, compute_phash, decode_image
 from panfm.shards.schema import SAMPLES_SCHEMA, Sample
 from panfm.shards.slide_plans import OVERLAY_FOLDER
+from panfm.shards.storage import Location, ShardUrl, copy, fetch, get_size, open_regular, parse_location
+from panfm.shards.tars import MEMBER_NAME
 from panfm.shards.writer import COMPANIONS
 
-MEMBER_NAME = re.compile(r"([A-Za-z0-9_\-]{1,128})\.(json|jpg|png|webp|mask\.png|txt)")
 FAULTS_SHOWN = 20  # a shard; a shifted one would name each of its thousand samples
 # Share of the bits of a perceptual hash: the stored JPEG is decoded here, the hash was taken before it was compressed.
 # Faint frequencies change sign by that (under a tenth of the bits); other pictures differ in half of them.
@@ -51,7 +58,7 @@ class Member:
 class Verification:
     """What a verification found; no fault = the shard set is what its index says, byte for byte."""
 
-    path: Path
+    path: Location
     source: str
     num_samples: int
     num_shards: int
@@ -69,7 +76,8 @@ class Verification:
 class ShardCheck:
     """One shard to verify; picklable. It reads its own rows, so that the tasks of a large set are small."""
 
-    folder: Path
+    folder: Location
+    samples: Path
     name: str
     num_bytes: int
     num_samples: int
@@ -77,38 +85,57 @@ class ShardCheck:
     deep: bool
 
 
-def verify_shard_set(path: str | Path, *, deep: bool = False, processes: int = 1) -> Verification:
+def verify_shard_set(path: str | Location, *, deep: bool = False, processes: int = 1) -> Verification:
     """Compare every tar of a finished shard set with samples.parquet and index.json.
 
     deep: decode every image too, and compare its size and perceptual hash with its row. Each fault is one line. Memory
     is that of one shard a process. Raises UserError where there is no finished shard set to compare with.
     """
-    path = Path(path)
-    index = read_index(path)
-    samples = path / SAMPLES_FILE
+    location = parse_location(path)
+    index = read_index(location)
+    if isinstance(location, ShardUrl):
+        cached = open_cached_set(location, index)  # held open: nobody takes samples.parquet away
+        samples = cached.samples_path
+    else:
+        samples = location / SAMPLES_FILE
     faults: list[str] = []
     if not samples.is_file():
         faults.append(f"{samples}: is missing")
     elif compute_file_sha256(samples) != index["samples_sha256"]:
         faults.append(f"{samples}: is not the file that index.json names (its SHA-256 differs)")
     if not faults:
-        faults += _check_counts(path, index)
+        faults += _check_counts(location, samples, index)
         tasks = [
-            ShardCheck(path, shard["name"], shard["num_bytes"], shard["num_samples"], shard["sha256"], deep)
+            ShardCheck(
+                location, samples, shard["name"], shard["num_bytes"], shard["num_samples"], shard["sha256"], deep
+            )
             for shard in index["shards"]
         ]
         answers = run_tasks(
             verify_shard,
             tasks,
-            description=f"verifying {path.name}",
+            description=f"verifying {location.name}",
             processes=processes,
             unit="images",
             size=lambda task: task.num_samples,
         )
         faults += [fault for answer in answers for fault in answer]
-    named = {shard["name"] for shard in index["shards"]}
+    if isinstance(location, Path):
+        faults += _check_folder(location, {shard["name"] for shard in index["shards"]}, index)
+    return Verification(
+        path=location,
+        source=index["source"],
+        num_samples=index["num_samples"],
+        num_shards=len(index["shards"]),
+        num_bytes=sum(shard["num_bytes"] for shard in index["shards"]),
+        faults=tuple(faults),
+    )
+
+
+def _check_folder(path: Path, named: set[str], index: dict[str, Any]) -> list[str]:
+    """What else lies in the folder, and a quarantine.csv that counts otherwise than the index."""
     known = named | {INDEX_FILE, SAMPLES_FILE, QUARANTINE_FILE, OVERLAY_FOLDER, *COMPANIONS}
-    faults += [
+    faults = [
         f"{file}: lies in the folder, but is no part of the set; it may name patients, so look at it and move it away"
         for file in sorted(path.iterdir())
         if file.name not in known and file.suffix != ".tar"
@@ -118,45 +145,68 @@ def verify_shard_set(path: str | Path, *, deep: bool = False, processes: int = 1
         for tar in sorted(path.glob("*.tar"))
         if tar.name not in named
     ]
-    return Verification(
-        path=path,
-        source=index["source"],
-        num_samples=index["num_samples"],
-        num_shards=len(index["shards"]),
-        num_bytes=sum(shard["num_bytes"] for shard in index["shards"]),
-        faults=tuple(faults),
-    )
+    quarantine = path / QUARANTINE_FILE
+    if quarantine.is_file():
+        counts: Counter[str] = Counter()
+        with quarantine.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                counts[row["reason"]] += int(row["num"])
+        if dict(counts) != index["num_rejected"]:
+            faults.append(f"{quarantine}: counts {dict(counts)}, index.json says {index['num_rejected']}")
+    return faults
 
 
 def verify_shard(task: ShardCheck) -> tuple[str, ...]:
     """The faults of one shard, at most FAULTS_SHOWN of them and a line that counts the others."""
     tar = task.folder / task.name
-    if not tar.is_file():
-        return (f"{tar}: is missing",)
     faults: list[str] = []
-    if (num_bytes := tar.stat().st_size) != task.num_bytes:
-        faults.append(f"{tar}: has {num_bytes} bytes, index.json says {task.num_bytes}")
-    elif compute_file_sha256(tar) != task.sha256:
-        faults.append(f"{tar}: is not the file that index.json names (its SHA-256 differs)")
-    rows = pq.read_table(task.folder / SAMPLES_FILE, schema=SAMPLES_SCHEMA, filters=[("shard", "==", task.name)])
-    if rows.num_rows != task.num_samples:
-        faults.append(f"{tar}: {rows.num_rows} rows in {SAMPLES_FILE}, index.json says {task.num_samples}")
-    members, found = read_members(tar)
-    faults += [f"{tar}: {fault}" for fault in found]
-    with tar.open("rb") as file:
-        faults += [f"{tar}, {fault}" for fault in _compare(file, members, rows, task)]
+    try:
+        with _open_shard(task) as file:
+            if (num_bytes := file.seek(0, os.SEEK_END)) != task.num_bytes:
+                faults.append(f"{tar}: has {num_bytes} bytes, index.json says {task.num_bytes}")
+            elif hashlib.file_digest(_rewind(file), "sha256").hexdigest() != task.sha256:  # type: ignore[arg-type]
+                faults.append(f"{tar}: is not the file that index.json names (its SHA-256 differs)")
+            rows = pq.read_table(task.samples, schema=SAMPLES_SCHEMA, filters=[("shard", "==", task.name)])
+            if rows.num_rows != task.num_samples:
+                faults.append(f"{tar}: {rows.num_rows} rows in {SAMPLES_FILE}, index.json says {task.num_samples}")
+            members, found = read_members(file)
+            faults += [f"{tar}: {fault}" for fault in found]
+            faults += [f"{tar}, {fault}" for fault in _compare(file, members, rows, task)]
+    except UserError as error:  # missing, no regular file, or not to be had
+        return (str(error),)
     if len(faults) > FAULTS_SHOWN:
         faults[FAULTS_SHOWN:] = [f"{tar}: {len(faults) - FAULTS_SHOWN} more faults"]
     return tuple(faults)
 
 
-def read_members(tar: Path) -> tuple[list[Member], list[str]]:
+@contextmanager
+def _open_shard(task: ShardCheck) -> Iterator[BinaryIO]:
+    if isinstance(task.folder, Path):
+        path = task.folder / task.name
+        if get_size(path) is None:
+            raise UserError(f"{path}: is missing")
+        with os.fdopen(open_regular(path), "rb") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as file:  # without a name: it goes with this process, however that ends
+        url = task.folder / task.name
+        copy(url, file, task.num_bytes)
+        file.write(fetch(url, task.num_bytes, task.num_bytes + 1, exact=False))  # of a longer one, too long by one
+        yield file
+
+
+def _rewind(file: BinaryIO) -> BinaryIO:
+    file.seek(0)
+    return file
+
+
+def read_members(file: BinaryIO) -> tuple[list[Member], list[str]]:
     """The members of a tar in their order, and what about its structure is not as panfm writes it."""
     members: list[Member] = []
     faults: list[str] = []
     end = 0
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(fileobj=_rewind(file), mode="r:") as archive:
             for info in archive:
                 padded = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if info.isreg() else 0
                 if info.type != tarfile.REGTYPE or info.offset_data - info.offset != tarfile.BLOCKSIZE:
@@ -174,14 +224,11 @@ def read_members(tar: Path) -> tuple[list[Member], list[str]]:
     except (tarfile.TarError, OSError) as error:
         faults.append(f"cannot be read to its end ({error})")
         return members, faults
-    with tar.open("rb") as file:
-        file.seek(end)
-        while block := file.read(1 << 20):
-            if block.count(0) != len(block):  # tarfile stops at the first header that it cannot read
-                faults.append(
-                    f"holds bytes behind its last readable member (byte {end}); damaged, or something is hidden"
-                )
-                break
+    file.seek(end)
+    while block := file.read(1 << 20):
+        if block.count(0) != len(block):  # tarfile stops at the first header that it cannot read
+            faults.append(f"holds bytes behind its last readable member (byte {end}); damaged, or something is hidden")
+            break
     return members, faults
 
 
@@ -201,9 +248,9 @@ def count_samples(table: pa.Table) -> dict[str, Any]:
     }
 
 
-def _check_counts(path: Path, index: dict[str, Any]) -> list[str]:
-    """Compare what index.json counts with the rows, and its rejected files with quarantine.csv."""
-    table = pq.read_table(path / SAMPLES_FILE, columns=["key", "source", "modality", "labels", "shard"])
+def _check_counts(path: Location, samples: Path, index: dict[str, Any]) -> list[str]:
+    """Compare what index.json counts with the rows."""
+    table = pq.read_table(samples, columns=["key", "source", "modality", "labels", "shard"])
     faults = []
     for name, found in count_samples(table).items():
         if index[name] != found:
@@ -214,14 +261,6 @@ def _check_counts(path: Path, index: dict[str, Any]) -> list[str]:
         faults.append(f"{path / SAMPLES_FILE}: holds samples of source {min(foreign)}; this is {index['source']}")
     if foreign := set(table["shard"].unique().to_pylist()) - {shard["name"] for shard in index["shards"]}:
         faults.append(f"{path / SAMPLES_FILE}: names the shard {min(foreign)}, which index.json does not")
-    quarantine = path / "quarantine.csv"
-    if quarantine.is_file():
-        counts: Counter[str] = Counter()
-        with quarantine.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                counts[row["reason"]] += int(row["num"])
-        if dict(counts) != index["num_rejected"]:
-            faults.append(f"{quarantine}: counts {dict(counts)}, index.json says {index['num_rejected']}")
     return faults
 
 

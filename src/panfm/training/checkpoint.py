@@ -3,12 +3,14 @@
     run/checkpoints/step-00001234/
         state/               every rank's part of weights and optimizer, written by the engine
         training.json        step, samples_seen, loader state, world size, resolved config, code version
-        encoder.safetensors  the encoder alone, under timm's names
+        extra.safetensors    the EMA teacher and the centres of its heads, where the run has a teacher
+        encoder.safetensors  the encoder alone, under timm's names: the teacher's or the student's, as configured
+        text.safetensors     the text tower and its maps, where an objective has one, for exports
         encoder.json         EncoderFacts: how to build it, feed it, and what it was trained on
         manifest.json        SHA-256 and size of every file above, written last
 
 A checkpoint is written as `step-00001234.tmp`, flushed to disk and renamed after its manifest. The random state needs
-no file: the engine seeds every step from (seed, step, rank), the loader draws from (seed, salt, position).
+no file: the engine seeds every step from (seed, step, rank), the loader draws from (seed, salts, position).
 """
 
 import shutil
@@ -19,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from safetensors.torch import save
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from panfm import __version__
 from panfm.config import config_class
@@ -29,8 +32,10 @@ from panfm.errors import UserError
 from panfm.files import compute_file_sha256, read_json, sync_folder, write_bytes, write_json
 from panfm.training.engine import Engine
 
-FORMAT = 1
+FORMAT = 2  # 1 had one salt; its sample stream was another one, which no later panfm can go on with
 MANIFEST = "manifest.json"
+EXTRA = "extra.safetensors"
+TEXT = "text.safetensors"
 
 # Config keys that may differ between a run and its resumption: they decide neither the weights nor the sample stream.
 # data.shards may move; what it holds is compared by data hash instead.
@@ -64,23 +69,34 @@ class TrainingState:
 
     step: int  # optimizer steps done
     samples_seen: int
-    salt: int  # of the sample stream
+    salts: tuple[tuple[int, int], ...] = ((0, 0),)  # of the sample stream: (first step, salt), one more a rollback
 
 
 def write_checkpoint(
-    run: Path, engine: Engine, state: TrainingState, *, config: Mapping[str, Any], facts: EncoderFacts, keep_last: int
+    run: Path,
+    engine: Engine,
+    state: TrainingState,
+    *,
+    config: Mapping[str, Any],
+    facts: EncoderFacts,
+    keep_last: int,
+    extra: Mapping[str, Tensor] | None = None,
+    text: Mapping[str, Tensor] | None = None,
+    encoder: nn.Module | None = None,
 ) -> Path:
     """Write a checkpoint of `run` at `state`; every rank must call it. Returns its folder.
 
-    `config` is the resolved config as plain values. A checkpoint that cannot be written is a UserError on every rank;
-    the ones before it stay, and nothing of it is left.
+    `config` is the resolved config as plain values. `extra` is what the model needs beside its weights, on rank 0
+    (`PretrainingModel.copy_extra_state`); `text` its text tower (`copy_text_state`), on rank 0 too; `encoder` the one
+    to ship, None for the one that the engine trains.
+    A checkpoint that cannot be written is a UserError on every rank; the ones before it stay, nothing of it is left.
     """
     final = compute_folder(run, state.step)
     temporary = final.with_name(final.name + ".tmp")
     if is_main():
         shutil.rmtree(temporary, ignore_errors=True)
     barrier()
-    encoder_state = engine.copy_state(engine.encoder)
+    encoder_state = engine.copy_state(encoder or engine.encoder)
     failure: str | None = None
     try:
         temporary.mkdir(parents=True, exist_ok=True)
@@ -92,6 +108,10 @@ def write_checkpoint(
         if is_main() and failure is None:
             try:
                 write_bytes(temporary / "encoder.safetensors", save(encoder_state))
+                if extra:
+                    write_bytes(temporary / EXTRA, save(dict(extra)))
+                if text:
+                    write_bytes(temporary / TEXT, save(dict(text)))
                 write_facts(temporary / "encoder.json", facts)
                 training = {**asdict(state), "format": FORMAT, "world_size": get_world_size(), "config": dict(config)}
                 write_json(temporary / "training.json", {**training, "code_version": __version__})
@@ -115,10 +135,15 @@ def write_checkpoint(
     return final
 
 
-def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run (None: there is none), and a line about each newer one passed over."""
+def find_checkpoint(run: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run (None: there is none), and a line about each newer one passed over.
+
+    before: look at checkpoints of earlier steps only.
+    """
     passed_over: list[str] = []
     for folder in reversed(list_checkpoints(run)):
+        if before is not None and folder >= compute_folder(run, before):
+            continue
         fault = check_checkpoint(folder)
         if fault is None:
             return folder, passed_over
@@ -176,7 +201,14 @@ def load_checkpoint(folder: Path, engine: Engine, config: Mapping[str, Any], fac
             f"--nproc_per_node and --nnodes that make {training['world_size']} ranks"
         )
     engine.load(folder)
-    return TrainingState(step=training["step"], samples_seen=training["samples_seen"], salt=training["salt"])
+    salts = tuple((int(first), int(salt)) for first, salt in training["salts"])
+    return TrainingState(step=training["step"], samples_seen=training["samples_seen"], salts=salts)
+
+
+def read_extra_state(folder: Path) -> dict[str, Tensor]:
+    """The model's extra state in a whole checkpoint; {} where it was written by a run without any."""
+    path = folder / EXTRA
+    return load_file(path) if path.is_file() else {}
 
 
 def find_difference(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
@@ -199,9 +231,33 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.suffix != ".tmp")
 
 
+def remove_checkpoints(run: Path, after: int) -> None:
+    """Remove the checkpoints of steps later than `after`: they belong to steps that were thrown away."""
+    for folder in list_checkpoints(run):
+        if folder > compute_folder(run, after):
+            shutil.rmtree(folder)
+
+
+def link_checkpoint(checkpoint: Path, run: Path) -> None:
+    """Keep a checkpoint in `run` too, where its own run will not remove it; as links, which take no room."""
+    target = run / "checkpoints" / checkpoint.name
+    if not target.exists():
+        temporary = target.with_name(target.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(checkpoint, temporary, copy_function=_link)
+        temporary.rename(target)
+
+
 def compute_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies."""
     return run / "checkpoints" / f"step-{step:08d}"
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
 
 
 def _identify(source: SourceFacts) -> tuple[str, int, str]:

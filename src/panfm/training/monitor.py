@@ -1,24 +1,25 @@
-"""Is the encoder still learning many directions, or collapsing onto few? Two numbers from pooled features [N, D].
+"""Is the encoder still learning many directions, or collapsing onto few? Numbers from its features and its attention.
 
-Pure functions of a feature matrix; pretrain.py computes them every few steps on images that it trains on. Compare them
-within a run and between runs of one recipe, not between methods or batch sizes.
+    images  ->  compute_pooled_features   ->  features [N, D]          ->  RankMe, std ratio, uniformity
+            ->  the same of another view  ->  features, row for row    ->  alignment
+            ->  compute_attention         ->  attention [N, heads, T]  ->  attention entropy, and a picture of it
+
+The numbers are pure functions of a matrix; watch.py computes them every few steps on images that are trained on.
+Compare them within a run and between runs of one recipe, not between methods or batch sizes.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from pydantic import Field
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from panfm.config import config_class
+from panfm.models.vit import Vit, encode_visible
 
-
-@config_class
-class MonitorConfig:
-    """How often the features are looked at."""
-
-    every: int = Field(default=200, ge=0)
-    """Steps between two looks; 0 never looks."""
-    num_images: int = Field(default=256, ge=2)
-    """Images a look, at most this rank's share of a global batch: RankMe cannot exceed it."""
+Normalise = Callable[[Tensor], Tensor]
+UNIFORMITY_TEMPERATURE = 2.0  # as Wang and Isola use it
 
 
 def compute_rankme(features: Tensor) -> float | None:
@@ -42,8 +43,103 @@ def compute_feature_std_ratio(features: Tensor) -> float | None:
     """
     if not bool(torch.isfinite(features).all()):
         return None
-    normalised = torch.nn.functional.normalize(features.double(), dim=1)
-    return float(normalised.std(dim=0, correction=0).mean() * features.shape[1] ** 0.5)
+    return float(_normalise(features).std(dim=0, correction=0).mean() * features.shape[1] ** 0.5)
+
+
+def compute_alignment(features: Tensor, mates: Tensor) -> float | None:
+    """Mean squared distance of L2-normalised features [N, D] to those of another view of the same images [N, D].
+
+    0 where views of one image fall together, 2 where they are as far apart as any two: lower is better, but 0 for all
+    is a collapse, which uniformity tells (Wang and Isola 2020, arXiv:2005.10242, with alpha = 2). None where a feature
+    is not finite.
+    """
+    if not bool(torch.isfinite(features).all() and torch.isfinite(mates).all()):
+        return None
+    return float((_normalise(features) - _normalise(mates)).square().sum(dim=1).mean())
+
+
+def compute_uniformity(features: Tensor) -> float | None:
+    """log of the mean over pairs of exp(-2 |x - y|^2), x and y L2-normalised features out of [N, D].
+
+    0 where all features are one point; -4 is about the least that many dimensions allow: lower is more evenly spread
+    (Wang and Isola 2020, arXiv:2005.10242, with t = 2). None for fewer than two features or one that is not finite.
+    """
+    if len(features) < 2 or not bool(torch.isfinite(features).all()):
+        return None
+    distances = F.pdist(_normalise(features)).square()  # [N (N - 1) / 2]
+    return float((-UNIFORMITY_TEMPERATURE * distances).exp().mean().log())
+
+
+def compute_attention_entropy(attention: Tensor) -> float | None:
+    """Mean over images and heads of the entropy of attention [N, heads, T], divided by log T.
+
+    1 where every token gets the same weight (nothing is looked at), near 0 where one token gets all of it. Training
+    that is about to diverge often shows itself here first (Zhai et al. 2023, arXiv:2303.06296). None where it is not
+    finite.
+    """
+    if not bool(torch.isfinite(attention).all()):
+        return None
+    entropy = torch.special.entr(attention.double()).sum(dim=-1)  # [N, heads]
+    return float(entropy.mean() / torch.log(torch.tensor(float(attention.shape[-1]))))
+
+
+def compute_pooled_features(encoder: Vit, images: Tensor, normalise: Normalise) -> Tensor:
+    """Mean patch token of whole images, uint8 [N, 3, H, W] -> float32 [N, D]: what an export gives as its features.
+
+    normalise: from uint8 to what the encoder takes.
+    """
+    with evaluating(encoder):
+        tokens = encode_visible(encoder, images, None, normalise)  # [N, prefix + num_patches, D]
+        return tokens[:, encoder.num_prefix_tokens :].mean(dim=1).float()
+
+
+def compute_attention(encoder: Vit, images: Tensor, normalise: Normalise) -> Tensor:
+    """What the last block looks at in whole images, uint8 [N, 3, H, W] -> float32 [N, heads, T] over all T tokens.
+
+    The row of the CLS token, or, where the encoder has none, the mean over the rows of the patches. The block's own
+    attention runs a second time, explicitly: so the weights are right for every kind of it (rotary positions,
+    normalised queries and keys), though a fused kernel would not give them away.
+    """
+    attention: Any = encoder.blocks[-1].attn
+    seen: dict[str, Any] = {}
+    with evaluating(encoder):
+        handle = attention.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.update(args=args, kwargs=kwargs), with_kwargs=True
+        )
+        try:
+            encode_visible(encoder, images, None, normalise)
+        finally:
+            handle.remove()
+        # What goes through the dropout behind the softmax are the weights; in eval mode it leaves them alone.
+        handle = attention.attn_drop.register_forward_hook(lambda _, args, output: seen.update(weights=output))
+        was_fused, attention.fused_attn = attention.fused_attn, False
+        try:
+            attention(*seen["args"], **seen["kwargs"])
+        finally:
+            attention.fused_attn = was_fused
+            handle.remove()
+    weights: Tensor = seen["weights"].float()  # [N, heads, T, T]
+    return weights[:, :, 0] if encoder.cls_token is not None else weights[:, :, encoder.num_prefix_tokens :].mean(dim=2)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients for the length of a `with`; every part then gets back the mode that it had.
+
+    Compiled blocks run as they are written: hooks would not be seen, and a compilation for a few images is no use.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _normalise(features: Tensor) -> Tensor:
+    return F.normalize(features.double(), dim=1)
 
 
 def _singular_values(features: Tensor) -> Tensor | None:

@@ -3,14 +3,15 @@
     shards -> loader -> micro batches -> PretrainingModel (encoder + objectives) -> loss -> engine -> checkpoints
                                                                                      -> metrics.jsonl, loss.png, wandb
 
-The run folder holds config.yaml (resolved), metrics.jsonl, loss.png, checkpoints/ and, where asked for, wandb/. The
-same call runs on one process and under torchrun. SIGTERM and SIGUSR1 end the run after the step in hand, saved.
+The run folder holds config.yaml (resolved), metrics.jsonl, loss.png, checkpoints/ and, where there are any,
+failed_samples-<rank>.jsonl and wandb/. The same call runs on one process and under torchrun. SIGTERM and SIGUSR1 end
+the run after the step in hand, saved.
 """
 
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,16 +20,12 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from pydantic import Field
-from torch import Tensor
 
-from panfm import __version__
-from panfm.config import config_class, to_plain, write_config
-from panfm.data.loader import DataConfig, LoaderState, SourceFacts, build_loader
-from panfm.data.mixture import MixtureConfig
-from panfm.data.transforms import AugmentConfig
+from panfm.config import to_plain, write_config
+from panfm.data.failures import FailureLog, read_failures, summarise_failures, trim_failures
+from panfm.data.loader import LoaderState, build_loader
 from panfm.distributed import (
-    all_reduce_max,
+    all_reduce_mean,
     barrier,
     broadcast_object,
     find_device,
@@ -39,58 +36,47 @@ from panfm.distributed import (
 )
 from panfm.encoder import facts as encoder_facts
 from panfm.encoder import load_encoder
-from panfm.encoder.facts import EncoderFacts, TransformFacts
+from panfm.encoder.initial import read_initial, start_from
 from panfm.errors import UserError
-from panfm.models.vit import EncoderConfig, build_vit, encode_visible, get_patch_grid, get_timm_kwargs
-from panfm.objectives.contrastive import ContrastiveConfig
+from panfm.files import write_json
+from panfm.models.vit import build_vit, get_patch_grid
 from panfm.objectives.pretraining import (
-    ObjectiveConfig,
-    PretrainingModel,
+    RunLength,
     build_pretraining_model,
     get_mask_config,
-    get_num_views,
     get_teacher_addresses,
+    get_tokenizer_config,
 )
-from panfm.optim import OptimConfig, ScheduleConfig, check_schedule, compute_lr, compute_num_steps
-from panfm.progress import console, progress_bar
+from panfm.optim import compute_lr, compute_num_steps, is_encoder_frozen
+from panfm.progress import progress_bar
 from panfm.shards.index import Exclusion
-from panfm.tracking import TrackingConfig, append_metrics, open_wandb, trim_metrics, write_loss_curve
+from panfm.tracking import append_metrics, open_wandb, trim_metrics, write_loss_curve
+from panfm.training.alarms import Alarm
 from panfm.training.checkpoint import (
-    CheckpointConfig,
     TrainingState,
     compute_folder,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    read_extra_state,
+    remove_checkpoints,
     write_checkpoint,
 )
-from panfm.training.engine import Engine, EngineConfig, compute_num_threads
-from panfm.training.monitor import MonitorConfig, compute_feature_std_ratio, compute_rankme
+from panfm.training.engine import Engine, compute_num_threads
+from panfm.training.plan import (
+    PretrainConfig,
+    check_accumulation,
+    check_config,
+    check_local_size,
+    describe_encoder,
+    print_plan,
+    say,
+)
+from panfm.training.watch import SNAPSHOTS, Watch, every
 
-RESIZE_RATIO = 256 / 224  # evaluation resizes the short side to image_size times this, then crops the centre
-
-Outcome = Literal["finished", "interrupted", "diverged"]
+Outcome = Literal["finished", "interrupted", "diverged", "alarmed"]
 # 75 is sysexits.h's EX_TEMPFAIL, "try again": what a scheduler requeues on. Under torchrun the agent reports its own.
-EXIT_CODES: dict[Outcome, int] = {"finished": 0, "interrupted": 75, "diverged": 4}
-
-
-@config_class
-class PretrainConfig:
-    """A pretraining run as a document; each section's class stands beside the code that it configures."""
-
-    data: DataConfig
-    mixture: MixtureConfig = Field(default_factory=MixtureConfig)
-    augment: AugmentConfig = Field(default_factory=AugmentConfig)
-    encoder: EncoderConfig
-    objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    schedule: ScheduleConfig
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Further keys of DeepSpeed's own; what the sections above decide is refused here."""
+EXIT_CODES: dict[Outcome, int] = {"finished": 0, "interrupted": 75, "diverged": 4, "alarmed": 5}
 
 
 @dataclass(frozen=True)
@@ -107,7 +93,7 @@ class PretrainSummary:
 
     @property
     def exit_code(self) -> int:
-        """0 finished; 75 interrupted by a signal, saved: start the same command again; 4 diverged."""
+        """0 finished; 75 interrupted by a signal, saved: start the same command again; 4 diverged; 5 alarmed."""
         return EXIT_CODES[self.outcome]
 
 
@@ -120,30 +106,31 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
     holds any. Raises UserError for what the config gets wrong, before anything is trained.
     """
     started = time.monotonic()
-    _check_config(config, resume)
+    check_config(config, resume)
     device = find_device()
     torch.set_num_threads(compute_num_threads(config.engine))
 
     with ExitStack() as stack:
         stack.enter_context(process_group(device))
         stop = stack.enter_context(_catch_signals())
-        _check_accumulation(config, get_world_size())
+        check_accumulation(config, get_world_size())
         plain = to_plain(config)
         objectives = config.objectives
         encoder_config, batch_size, seed = config.encoder, config.engine.global_batch_size, config.engine.seed
         num_steps = compute_num_steps(config.schedule, batch_size)
 
-        # 1. The model: encoder and heads inside the engine, frozen teachers outside.
-        initial = encoder_config.init
-        origin = None if initial is None else load_encoder(initial)
-        weights = None if origin is None else origin.module.model.state_dict()
-        vit = build_vit(encoder_config, seed, weights)
+        # 1. The model: encoder and heads inside the engine, teachers outside.
+        vit = build_vit(encoder_config, seed)
+        initial = None if encoder_config.init is None else read_initial(encoder_config.init)
+        init_report = None if initial is None else start_from(vit, initial, encoder_config.init_random)
+        check_local_size(config, vit.patch_embed.patch_size[0])
         teachers = {address: load_encoder(address, device=str(device)) for address in get_teacher_addresses(objectives)}
-        for encoder in (*teachers.values(), *((origin,) if origin is not None else ())):
-            if encoder.facts is not None:  # what an encoder learned from, its pupils learn from too
-                encoder_facts.check_use(
-                    encoder.facts, config.data.use, f"data.use ({config.data.use}): {encoder.address}"
-                )
+        learned_from = [(encoder.address, encoder.facts) for encoder in teachers.values()]
+        if initial is not None:
+            learned_from.append((initial.source, initial.facts))
+        for name, known in learned_from:
+            if known is not None:  # what an encoder learned from, its pupils learn from too
+                encoder_facts.check_use(known, config.data.use, f"data.use ({config.data.use}): {name}")
         model = build_pretraining_model(
             vit,
             objectives,
@@ -151,13 +138,15 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             mean=config.augment.mean,
             std=config.augment.std,
             teachers=teachers,
+            local_views=range(config.augment.views, config.augment.num_views),
+            length=RunLength(num_steps, batch_size),
             seed=seed,
         ).to(device)
         if config.engine.compile:
             for block in model.encoder.blocks:
                 block.compile()
 
-        # 2. The stream of samples: a pure function of (config, seed, salt, step); the state is two numbers.
+        # 2. The stream of samples: a pure function of (config, seed, salts, step); the state is a few numbers.
         loader = stack.enter_context(
             build_loader(
                 config.data,
@@ -170,6 +159,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                 micro_batch_size=config.engine.micro_batch_size,
                 excluded=excluded.groups,
                 excluded_keys=excluded.keys,
+                tokenizer=get_tokenizer_config(objectives),
             )
         )
 
@@ -177,8 +167,8 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
         stack.callback(engine.close)
 
         # 3. Where the run stands: at the beginning, or where its newest whole checkpoint left off.
-        state = TrainingState(step=0, samples_seen=0, salt=0)
-        facts = _describe_encoder(config, plain, loader.sources, excluded)
+        state = TrainingState(step=0, samples_seen=0)
+        facts = describe_encoder(config, plain, loader.sources, excluded)
         found = list_checkpoints(out)
         if found and resume == "never":
             raise UserError(
@@ -186,60 +176,118 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             )
         newest, passed_over = broadcast_object(find_checkpoint(out) if is_main() else (None, []))
         for line in passed_over:
-            _say(line)
+            say(line)
+
+        def load(checkpoint: Path) -> TrainingState:
+            loaded = load_checkpoint(checkpoint, engine, plain, facts)
+            model.load_extra_state(read_extra_state(checkpoint), str(checkpoint))
+            return loaded
+
         if newest is not None:
-            state = load_checkpoint(newest, engine, plain, facts)
+            state = load(newest)
         if is_main():
             for leftover in (out / "checkpoints").glob("step-*.tmp"):
                 shutil.rmtree(leftover)
             out.mkdir(parents=True, exist_ok=True)
             write_config(config, out / "config.yaml")
-            trim_metrics(out / "metrics.jsonl", state.step)
-        barrier()
-        _print_plan(config, loader.sources, engine, num_steps, newest)
+            if init_report is not None:
+                write_json(out / "init_report.json", init_report.to_plain())
+        if init_report is not None and newest is None:
+            for line in init_report.to_lines():
+                say(line)
+
+        def cut_back() -> int:
+            """Remove what the run folder says of steps after `state`, which come again; samples failed before."""
+            if is_main():
+                trim_metrics(out / "metrics.jsonl", state.step)
+            # Samples that failed before, on any rank, count on; rank 0 knows of them.
+            num_kept = trim_failures(out, state.samples_seen) if is_main() else 0
+            barrier()
+            return num_kept
+
+        num_failed = num_failed_before = cut_back()
+        failed = FailureLog(out, get_rank())
+        print_plan(config, loader.sources, engine, num_steps, newest)
+        watch = Watch(config, model, loader, excluded, facts.transform, out)
+        for line in watch.describe():
+            say(line)
+        num_discarded = watch.resume()  # samples that rollbacks threw away
         log_wandb = stack.enter_context(open_wandb(config.tracking, out, plain)) if is_main() else None
 
-        def save() -> Path:
+        def save(run: Path = out, keep_last: int = config.checkpoint.keep_last) -> Path:
             now = facts.model_copy(update={"step": state.step, "samples_seen": state.samples_seen})
-            keep_last = config.checkpoint.keep_last
-            return write_checkpoint(out, engine, state, config=plain, facts=now, keep_last=keep_last)
+            failed.sync()
+            extra, text = (model.copy_extra_state(), model.copy_text_state()) if is_main() else (None, None)
+            return write_checkpoint(
+                run,
+                engine,
+                state,
+                config=plain,
+                facts=now,
+                keep_last=keep_last,
+                extra=extra,
+                text=text,
+                encoder=model.exported_encoder,
+            )
 
         # 4. The loop.
         outcome: Outcome = "finished"
         loss: float | None = None
         note = ""
         window_started, window_wait, window_steps = time.monotonic(), 0.0, 0
-        stream = loader.iterate(LoaderState(state.step, state.salt), rank=get_rank(), world_size=get_world_size())
+        start = LoaderState(state.step, state.salts)
+        stream = loader.iterate(start, rank=get_rank(), world_size=get_world_size(), failed=failed)
         advance = stack.enter_context(
             progress_bar("pretraining", num_steps * batch_size, done=state.samples_seen)
             if is_main()
             else _no_progress()
         )
-        while state.step < num_steps:
+        back_to: Path | None = None  # the checkpoint from which the run goes on where it got into trouble
+        while state.step < num_steps or back_to is not None:
+            if back_to is not None:  # as a resume from an earlier checkpoint, on other samples from there on
+                now, state, newest, back_to = state, load(back_to), back_to, None
+                number, of = now.salts[-1][1] + 1, config.monitor.alarm.max_rollbacks
+                salts = LoaderState(now.step, now.salts).roll_back(state.step, number).salts
+                state = replace(state, salts=salts)
+                num_discarded += now.samples_seen - state.samples_seen
+                say(f"rollback {number} of {of}: from step {now.step} back to {state.step}, then on other samples")
+                if is_main():
+                    remove_checkpoints(out, after=state.step)
+                num_failed = num_failed_before = cut_back()
+                failed = FailureLog(out, get_rank())
+                watch.resume()
+                loader.close()
+                start = LoaderState(state.step, state.salts)
+                stream = loader.iterate(start, rank=get_rank(), world_size=get_world_size(), failed=failed)
+                advance(state.samples_seen - now.samples_seen, note)
+
             asked = time.monotonic()
             micro_batches = next(stream)
             window_wait += time.monotonic() - asked
 
             lr = compute_lr(config.optim, config.schedule, state.step, batch_size)
-            output = engine.step(micro_batches, step=state.step, lr=lr)
+            model.begin_step(state.step)
+            freeze_encoder = is_encoder_frozen(config.optim, state.step, batch_size)
+            output = engine.step(micro_batches, step=state.step, lr=lr, freeze_encoder=freeze_encoder)
             if not output.applied or output.grad_norm is None:
+                back_to = watch.find_way_back(state.step + 1, num_rollbacks=state.salts[-1][1])
+                if back_to is not None:
+                    say(f"step {state.step + 1}: loss {output.loss}, gradient norm {output.grad_norm}")
+                    continue
                 outcome = "diverged"
                 break
+            model.after_step(state.step)  # the EMA teacher follows what was applied, and nothing else
             loss = output.loss
             state = replace(state, step=state.step + 1, samples_seen=state.samples_seen + batch_size)
             window_steps += 1
 
-            record: dict[str, Any] = {}
-            if every(state.step, config.monitor.every):
-                images = torch.cat([batch.views[0] for batch in micro_batches])[: config.monitor.num_images]
-                features = compute_pooled_features(model, images.to(device))
-                record["rankme"] = compute_rankme(features)
-                record["feature_std_ratio"] = compute_feature_std_ratio(features)
-
+            look = watch.look(state.step, micro_batches)  # features, probe, pictures: whatever is due
+            alarms: list[Alarm] = []
             last = state.step == num_steps
-            if every(state.step, config.tracking.log_every) or record or last:
+            if every(state.step, config.tracking.log_every) or look.numbers or last:
                 seconds = time.monotonic() - window_started
-                record |= {
+                record: dict[str, Any] = {
+                    **look.numbers,
                     "step": state.step,
                     "samples_seen": state.samples_seen,
                     "loss": output.loss,
@@ -252,12 +300,34 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                 }
                 window_started, window_wait, window_steps = time.monotonic(), 0.0, 0
                 if log_wandb is not None:
+                    record["failed_samples"] = num_failed
+                    if state.salts[-1][1]:
+                        record |= {"rollbacks": state.salts[-1][1], "discarded_samples": num_discarded}
+                    record["drawn"] = loader.count_drawn(LoaderState(state.step, state.salts))
                     append_metrics(out / "metrics.jsonl", record)
-                    log_wandb(record)
+                    log_wandb(record | look.pictures)
+                    alarms = watch.judge(record)
                 note = f"loss {loss:.4f} lr {lr:.2e} data wait {record['data_wait_share']:.0%}"
             advance(batch_size, note)
 
-            stopped = bool(all_reduce_max(torch.tensor(float(stop.requested), device=device)))
+            # One exchange a step: whether a rank was asked to stop, how many samples failed on all of them, and how
+            # many alarms ring on rank 0.
+            told = (float(stop.requested), float(num_failed_before + failed.num_failed), float(len(alarms)))
+            means = all_reduce_mean(torch.tensor(told, dtype=torch.float64, device=device))
+            num_asked, num_failed, num_alarms = (round(total) for total in (means * get_world_size()).tolist())
+            stopped = num_asked > 0
+            loader.check_failures(failed, num_failed, state.samples_seen)
+            if num_alarms:
+                alarms = broadcast_object(alarms)
+                for alarm in alarms:
+                    say(f"alarm at step {state.step}: {alarm.text}")
+                watch.keep_snapshot(alarms, save)
+                back_to = watch.find_way_back(min(alarm.since for alarm in alarms), num_rollbacks=state.salts[-1][1])
+                if back_to is not None:
+                    continue
+                if config.monitor.alarm.action != "warn":
+                    outcome = "alarmed"
+                    break
             if every(state.step, config.checkpoint.save_every) or stopped or last:
                 newest = save()
                 if is_main():
@@ -272,14 +342,26 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             if good and state.step > 0 and newest != compute_folder(out, state.step):
                 newest = save()
             kept = f"saved {newest.name}" if newest is not None else "nothing to save"
-            _say(
+            say(
                 f"stopped at step {state.step + 1}: loss {output.loss}, gradient norm "
                 f"{'not finite' if output.grad_norm is None else output.grad_norm}; {kept}. Start again with a lower "
                 f"optim.base_lr ({config.optim.base_lr}) or a longer schedule.warmup_samples "
                 f"({config.schedule.warmup_samples}) and another --out"
             )
+        if outcome == "alarmed":
+            say(
+                f"stopped by an alarm after step {state.step} and {state.salts[-1][1]} rollbacks; snapshots of before "
+                f"and after: {out / SNAPSHOTS}. With monitor.alarm.action=warn the same command goes on"
+            )
         if outcome == "interrupted":
-            _say(f"stopped by a signal after step {state.step}, saved; the same command goes on from here")
+            say(f"stopped by a signal after step {state.step}, saved; the same command goes on from here")
+        for line in loader.describe_drawn(LoaderState(state.step, state.salts)) if is_main() else ():
+            say(line)
+        if num_failed:
+            say(
+                f"{num_failed:,} samples did not decode and were replaced ({summarise_failures(read_failures(out))}); "
+                f"they are listed in {out}/failed_samples-*.jsonl"
+            )
         summary = PretrainSummary(
             out=out,
             checkpoint=newest,
@@ -290,26 +372,8 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             seconds=time.monotonic() - started,
         )
         if outcome == "finished":
-            _say(f"pretrained {state.step:,} steps, loss {_show(loss)}, {summary.seconds:.0f} s: {newest}")
+            say(f"pretrained {state.step:,} steps, loss {_show(loss)}, {summary.seconds:.0f} s: {newest}")
     return summary
-
-
-def every(step: int, distance: int) -> bool:
-    """Whether something that happens every `distance` steps (0: never) happens after `step`."""
-    return distance > 0 and step % distance == 0
-
-
-def compute_pooled_features(model: PretrainingModel, images: Tensor) -> Tensor:
-    """Mean patch token of whole images, uint8 [N, 3, H, W] -> float32 [N, D]; the model's mode is left as it was."""
-    encoder = model.encoder
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        with torch.no_grad():
-            tokens = encode_visible(encoder, images, None, model.normalise)  # [N, prefix + num_patches, D]
-            return tokens[:, encoder.num_prefix_tokens :].mean(dim=1).float()
-    finally:
-        encoder.train(was_training)
 
 
 def measure_memory(device: torch.device) -> float:
@@ -317,94 +381,6 @@ def measure_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return float(psutil.Process().memory_info().rss) / 2**30
-
-
-def _check_config(config: PretrainConfig, resume: str) -> None:
-    """What only several sections together can get wrong."""
-    check_schedule(config.schedule)
-    if resume not in ("auto", "never"):
-        raise UserError(f"--resume {resume}: it must be auto or never")
-    if config.augment.image_size != config.encoder.image_size:
-        raise UserError(
-            f"augment.image_size ({config.augment.image_size}) must equal encoder.image_size "
-            f"({config.encoder.image_size}); set both to one number"
-        )
-    if config.augment.views < (num_views := get_num_views(config.objectives)):
-        raise UserError(f"augment.views ({config.augment.views}) must be at least {num_views} for these objectives")
-
-
-def _check_accumulation(config: PretrainConfig, world_size: int) -> None:
-    """A contrastive loss compares the images of one batch: cut into micro batches it would be another loss."""
-    together = config.engine.micro_batch_size * world_size
-    contrasts = any(isinstance(objective, ContrastiveConfig) for objective in config.objectives)
-    if contrasts and together < config.engine.global_batch_size:
-        raise UserError(
-            f"objectives: contrastive sees only {together} images together (engine.micro_batch_size "
-            f"{config.engine.micro_batch_size} x world_size {world_size}) of engine.global_batch_size "
-            f"{config.engine.global_batch_size}; make them equal, for example engine.global_batch_size={together}"
-        )
-
-
-def _describe_encoder(
-    config: PretrainConfig, plain: dict[str, Any], sources: Sequence[SourceFacts], excluded: Exclusion
-) -> EncoderFacts:
-    """The facts that every checkpoint of this run carries; step and samples_seen are filled in at each."""
-    size = config.encoder.image_size
-    return EncoderFacts(
-        timm_name=config.encoder.name,
-        timm_kwargs=get_timm_kwargs(config.encoder),
-        transform=TransformFacts(
-            image_size=size,
-            resize_size=round(size * RESIZE_RATIO),
-            interpolation="bicubic",
-            mean=config.augment.mean,
-            std=config.augment.std,
-        ),
-        samples_seen=0,
-        step=0,
-        config=plain,
-        sources=tuple(
-            encoder_facts.SourceFacts(
-                source=source.source,
-                licence=source.licence,
-                num_kept=source.num_kept,
-                num_excluded=source.num_excluded,
-                num_audited=source.num_audited,
-                data_hash=source.data_hash,
-                synthetic=source.synthetic,
-                permitted_uses=source.permitted_uses,
-            )
-            for source in sources
-        ),
-        excluded_tasks=excluded.tasks,
-        audit=excluded.audit,
-        use=config.data.use,
-        code_version=__version__,
-    )
-
-
-def _print_plan(
-    config: PretrainConfig, sources: Sequence[SourceFacts], engine: Engine, num_steps: int, resumed: Path | None
-) -> None:
-    """What is about to happen, in a few lines: sources with counts, parameters, steps, batch."""
-    for source in sources:
-        audited = "" if config.data.exclude.audit is None else f", {source.num_audited:,} more listed by the audit"
-        _say(
-            f"source {source.source}: {source.num_kept:,} images kept, {source.num_excluded:,} excluded (test groups)"
-            f"{audited}"
-        )
-    num_encoder, num_all = (sum(p.numel() for p in m.parameters()) for m in (engine.encoder, engine.model))
-    _say(
-        f"{config.encoder.name} at {config.encoder.image_size} px: {num_encoder / 1e6:.1f} M parameters, "
-        f"{(num_all - num_encoder) / 1e6:.1f} M in heads that are thrown away"
-    )
-    _say(
-        f"{num_steps:,} steps of {config.engine.global_batch_size} images = {engine.num_micro_batches} micro batches "
-        f"of {config.engine.micro_batch_size} on {get_world_size()} ranks ({engine.device}, {config.engine.precision}, "
-        f"ZeRO {engine.zero_stage}, {torch.get_num_threads()} threads a rank)"
-    )
-    if resumed is not None:
-        _say(f"going on from {resumed}")
 
 
 class _StopRequest:
@@ -435,11 +411,6 @@ def _catch_signals() -> Iterator[_StopRequest]:
 @contextmanager
 def _no_progress() -> Iterator[Callable[..., None]]:
     yield lambda count=1, note="": None
-
-
-def _say(text: str) -> None:
-    if is_main():
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _show(loss: float | None) -> str:
