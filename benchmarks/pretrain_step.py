@@ -254,6 +254,7 @@ def measure(setting: Setting, num_threads: int) -> dict[str, list[float]]:
             ours, theirs = context.Pipe()
             process: Any = context.Process(target=work, args=(theirs, setting, name, num_threads), daemon=True)
             process.start()
+            theirs.close()  # so that a contestant that fails is an error here, not a wait for ever
             stack.callback(process.join, 60)
             stack.callback(ours.send, False)
             connections[name] = ours

@@ -5,7 +5,7 @@
     recipe  --a short training, thrown away-->  images a second  -->  total_samples, so that its schedule ends in time
     seed x recipe  --trained in a process of its own, stopped by the clock at the latest-->  export, trained.json
     encoders  --panfm.evaluation.run, development fold or test fold-->  Results and predictions
-    predictions   --the same resampled patients for all-->  one table of AUROC, one of paired differences
+    predictions  --the same resampled patients for all-->  tables of each task's primary metric, paired differences
 
 --data is a folder of real images: dermoscopic/ham10000 and clinical/pad_ufes20 as the shipped cards ham10000_200px and
 pad_ufes20_320px read them, and weights/tf_efficientnet_lite0.imagenet1k.safetensors, the ImageNet network that teaches

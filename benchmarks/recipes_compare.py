@@ -1,6 +1,6 @@
-"""Measuring of benchmarks/recipes.py: panfm's own evaluation, then AUROC and paired differences on shared resamples.
+"""Measuring of benchmarks/recipes.py: panfm's own evaluation, then paired differences on shared resamples.
 
-exports  --panfm.evaluation.run-->  Results, predictions  -->  Cell: AUROC and its replicates  -->  Row: a difference
+exports  --panfm.evaluation.run-->  Results, predictions  -->  Cell: metric and replicates  -->  Row: a difference
 """
 
 import statistics
@@ -17,16 +17,14 @@ from recipes_train import PEERS, UNTRAINED, Plan
 from panfm.evaluation.protocol import EvaluatedOn
 from panfm.evaluation.results import Result, read_results
 from panfm.evaluation.run import EncoderEntry, EvaluateConfig, run_evaluation
-from panfm.evaluation.verify import check_same_test_set, read_test_set
+from panfm.evaluation.verify import check_same_test_set, read_test_set, recompute
 from panfm.files import read_json
-from panfm.measures.metrics import compute_metric, compute_replicates
 from panfm.measures.statistics import compute_bootstrap_seed, compute_interval, draw_group_weights
 
 WEIGHTS = "weights/tf_efficientnet_lite0.imagenet1k.safetensors"
 TEACHER = "timm:tf_efficientnet_lite0.in1k"
 TEACHER_NAME = "teacher"
 COMPARED_WITH = (UNTRAINED, *PEERS, *(f"{peer}, CLS" for peer in PEERS), TEACHER_NAME)
-METRIC = "auroc"
 NUM_REPLICATES = 2000
 
 Floats = NDArray[np.float64]
@@ -70,12 +68,13 @@ def evaluate_all(plan: Plan, evaluate_on: EvaluatedOn) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One recipe on one task, protocol and label fraction: AUROC, the mean over draws and seeds."""
+    """One recipe on one task, protocol and label fraction: the task's primary metric, the mean over draws and seeds."""
 
     recipe: str
     task: str
     protocol: str
     fraction: float
+    metric: str
     value: float
     spread: float | None  # standard deviation over training seeds; None: one seed
     replicates: Floats  # [R], the same resampled patients for every recipe
@@ -83,7 +82,7 @@ class Cell:
 
 
 def compute_cells(plan: Plan, names: dict[str, list[str]], evaluate_on: EvaluatedOn) -> list[Cell]:
-    """Read the predictions and compute AUROC and its replicates, one cell a recipe, task, protocol and fraction."""
+    """Read the predictions and compute metric and replicates, one cell a recipe, task, protocol and fraction."""
     recipe_of = {name: recipe for recipe, found in names.items() for name in found}
     wanted: dict[tuple[str, str, float], list[tuple[Path, Result]]] = defaultdict(list)
     for path, result in read_results([plan.out / "results"]):
@@ -99,10 +98,9 @@ def compute_cells(plan: Plan, names: dict[str, list[str]], evaluate_on: Evaluate
         for item in items:
             test_set = read_test_set(*item)
             check_same_test_set(first, test_set)
-            name, point = test_set.result.encoder.name, compute_metric(METRIC, test_set.labels, test_set.scores)
-            if point.value is not None:
-                replicates = compute_replicates(METRIC, test_set.labels, test_set.scores, weights)
-                found[recipe_of[name]].append((name, point.value, replicates))
+            run, name = recompute(test_set, weights), test_set.result.encoder.name
+            if run.value is not None:
+                found[recipe_of[name]].append((name, run.value, run.replicates))
         for recipe, runs in found.items():
             by_seed = [
                 float(np.mean([value for name, value, _ in runs if name == wanted_name]))
@@ -114,6 +112,7 @@ def compute_cells(plan: Plan, names: dict[str, list[str]], evaluate_on: Evaluate
                     task=task,
                     protocol=protocol,
                     fraction=fraction,
+                    metric=first.result.primary_metric,
                     value=float(np.mean(by_seed)),
                     spread=statistics.stdev(by_seed) if len(by_seed) > 1 else None,
                     replicates=np.mean([replicates for _, _, replicates in runs], axis=0),
@@ -125,7 +124,7 @@ def compute_cells(plan: Plan, names: dict[str, list[str]], evaluate_on: Evaluate
 
 @dataclass(frozen=True)
 class Row:
-    """One paired comparison; ratio is that of the AUROCs, above 1 = better."""
+    """One paired comparison of the task's primary metric; ratio above 1 = better."""
 
     name: str
     ours: float
@@ -158,7 +157,7 @@ def compare(cells: Sequence[Cell]) -> list[Row]:
                     ours=cell.value,
                     peer=peer.value,
                     ratio=cell.value / peer.value,
-                    unit="AUROC",
+                    unit=cell.metric,
                     difference=cell.value - peer.value,
                     low=interval.low,
                     high=interval.high,
@@ -173,7 +172,7 @@ def compare(cells: Sequence[Cell]) -> list[Row]:
 
 
 def show(plan: Plan, cells: Sequence[Cell], rows: Sequence[Row]) -> Iterator[str]:
-    """The tables, line by line: what was trained, AUROC, paired differences."""
+    """The tables, line by line: what was trained, each task's primary metric, paired differences."""
     recipes = list(dict.fromkeys([*plan.recipes, *(cell.recipe for cell in cells)]))
     width = max(map(len, recipes))
     yield f"\n{'trained':<{width}}  {'samples':>9}  {'images/s':>8}  {'minutes':>7}  schedule done"
@@ -188,7 +187,8 @@ def show(plan: Plan, cells: Sequence[Cell], rows: Sequence[Row]) -> Iterator[str
     columns = sorted({(cell.protocol, cell.fraction) for cell in cells}, key=lambda c: (c[0] == "knn", *c))
     headings = "".join(f"  {f'{protocol} {fraction:.0%}':>18}" for protocol, fraction in columns)
     for task in plan.tasks:
-        yield f"\n{f'{task}, AUROC':<{width}}{headings}"
+        metric = next(cell.metric for cell in cells if cell.task == task)
+        yield f"\n{task}, {metric}\n{'':<{width}}{headings}"
         for recipe in recipes:
             line = f"{recipe:<{width}}"
             for protocol, fraction in columns:
@@ -198,7 +198,7 @@ def show(plan: Plan, cells: Sequence[Cell], rows: Sequence[Row]) -> Iterator[str
                 spread = "" if not found or found[0].spread is None else f" +-{found[0].spread:.3f}"
                 line += f"  {f'{found[0].value:.3f}{spread}' if found else '-':>18}"
             yield line
-    yield "\npaired differences of AUROC, 95 % over resampled patients (* = without 0)"
+    yield "\npaired differences, 95 % over resampled patients, of the mean over draws and seeds (* = without 0)"
     for row in rows:
         interval = "no interval" if row.low is None or row.high is None else f"[{row.low:+.3f}, {row.high:+.3f}]"
         sure = row.low is not None and row.high is not None and row.low * row.high > 0

@@ -1,6 +1,7 @@
 """DINO, iBOT, KoLeo, centring and Sinkhorn-Knopp against DINOv2's numbers; then the objective in its corners."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,23 @@ import torch
 from lightly.loss import KoLeoLoss
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from panfm.errors import UserError
 from panfm.models.heads import PrototypeHead
+from panfm.models.vit import Vit
 from panfm.objectives.centring import Centre, compute_sinkhorn
 from panfm.objectives.interface import Mean
 from panfm.objectives.koleo import compute_koleo
-from panfm.objectives.pretraining import PretrainingModel, find_coupling, get_mask_config
+from panfm.objectives.pretraining import (
+    PretrainingModel,
+    RunLength,
+    build_pretraining_model,
+    find_coupling,
+    get_mask_config,
+)
 from panfm.objectives.self_distillation import (
     SelfDistillationConfig,
     compute_dino_loss,
@@ -221,6 +231,17 @@ def test_corners_of_a_batch_are_finite_and_reach_every_parameter(
         assert read_mean(output.metrics["self_distillation/ibot_teacher_entropy"]) is None
 
 
+def test_the_same_image_in_every_place_is_finite(model, make_batch) -> None:
+    batch = make_batch(4, num_local=2)
+    batch = replace(batch, views=tuple(view[:1].repeat(4, 1, 1, 1) for view in batch.views))
+    batch = replace(batch, masks=batch.masks[:, :1].repeat(1, 4, 1))
+    output = model(batch)
+    output.loss.backward()
+    assert all(value.isfinite() for value in (output.loss, *get_scalars(output)))
+    largest = max(float(parameter.grad.abs().max()) for parameter in model.parameters())
+    assert largest < 100, largest  # KoLeo has nothing to push apart
+
+
 def vary(mask: Tensor) -> Tensor:
     """Masks of 0, 1, 2, ... patches."""
     counts = torch.arange(len(mask)) % mask.shape[1]
@@ -286,6 +307,36 @@ def test_the_student_sees_a_mask_token_where_the_teacher_sees_the_patch(build, m
     positions = model.encoder.pos_embed[:, 1:].detach()
     expected = torch.where(mask.unsqueeze(2), torch.tensor(3.0), embedded) + positions
     torch.testing.assert_close(tokens[0][:, 1:], expected, rtol=1e-5, atol=1e-5)
+
+
+SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 0}
+ROTARY = {"use_abs_pos_emb": False, "use_rot_pos_emb": True, "rope_type": "dinov3", "dynamic_img_size": True}
+ENCODERS: dict[str, Callable[[], Vit]] = {
+    "rotary, registers": lambda: Eva(**SHAPE, **ROTARY, num_reg_tokens=2, global_pool="avg", use_fc_norm=False),
+    "no class token": lambda: VisionTransformer(
+        **SHAPE, class_token=False, reg_tokens=2, global_pool="avg", fc_norm=False, drop_path_rate=0.2
+    ),
+}
+
+
+@pytest.mark.parametrize("make_vit", ENCODERS.values(), ids=ENCODERS)
+def test_encoders_of_other_kinds_learn_too(make_batch, make_vit: Callable[[], Vit]) -> None:
+    vit = make_vit()
+    vit.set_grad_checkpointing(True)
+    model = build_pretraining_model(
+        vit,
+        read(SELF_DISTILLATION, EMA_LATENTS),
+        image_size=32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        teachers={},
+        local_views=(2, 3),
+        length=RunLength(num_steps=3, global_batch_size=4),
+    )
+    train(model, make_batch(4, num_local=2), num_steps=2)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert not torch.equal(model.exported_encoder.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
 
 
 def test_nothing_of_the_teacher_is_in_the_tree_or_gets_a_gradient(build, make_batch) -> None:

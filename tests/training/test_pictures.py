@@ -28,6 +28,7 @@ from panfm.training.pictures import (
     hide,
     lay_over,
 )
+from tests.training.conftest import build_labelled
 
 PIXELS = MaskedImageConfig(
     mask=MaskConfig(kind="random", ratio=0.5),
@@ -145,6 +146,13 @@ def test_examples_are_one_of_each_modality_and_the_same_again(shards: Path, held
     again = choose_examples(open_loader(shards, held_out), transform)
     assert torch.equal(again.images, examples.images) and torch.equal(again.masks, examples.masks)
     assert choose_examples(open_loader(shards, mask=None), transform).masks is None
+
+
+def test_examples_of_a_private_source_are_not_open(shards: Path, tmp_path: Path) -> None:
+    """wandb does not get their pictures unless it is asked for."""
+    rows = [{"patient": f"{n}", "modality": "clinical", "diagnosis": "nevus"} for n in range(8)]
+    private = build_labelled(tmp_path, "private", rows, access="private")
+    assert not choose_examples(open_loader(shards, private), EvalTransform(image_size=32, resize_size=36)).are_open
 
 
 def test_a_sheet_holds_every_panel_at_its_place() -> None:

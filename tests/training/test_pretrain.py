@@ -16,7 +16,7 @@ from panfm.files import read_json
 from panfm.shards.index import Exclusion, open_shard_set
 from panfm.tracking import read_metrics
 from panfm.training.checkpoint import find_checkpoint, list_checkpoints
-from panfm.training.pretrain import PretrainConfig, every, pretrain
+from panfm.training.pretrain import PretrainConfig, pretrain
 from tests.encoder.test_export import SMALL, make_checkpoint
 from tests.training.conftest import run_pretrain, start_pretrain
 
@@ -218,11 +218,6 @@ def test_a_use_that_a_source_or_a_teacher_does_not_permit_is_refused(config: Pat
     with pytest.raises(UserError, match=r"data\.use \(research\): panfm:.*ham10000 .*does not permit the use research"):
         pretrain(load_config(PretrainConfig, config, [target]), out=tmp_path / "run", excluded=Exclusion())
     assert not (tmp_path / "run").exists()
-
-
-def test_every() -> None:
-    assert [step for step in range(1, 7) if every(step, 3)] == [3, 6]
-    assert not any(every(step, 0) for step in range(1, 7))
 
 
 def wait_for(path: Path, process: object) -> None:

@@ -89,7 +89,7 @@ def test_an_alarm_rolls_back_twice_on_other_samples_and_then_stops(
         assert f"rollback {number} of 2: from step 4 back to 1, then on other samples" in printed
     assert printed.count("alarm at step 4: feature_std_ratio ") == 3
     assert (
-        "at 2 looks in a row, since step 2: all images get nearly the same features; try optim.base_lr=0.005" in printed
+        "at the last 2 looks, since step 2: all images get nearly the same features; try optim.base_lr=0.005" in printed
     )
 
     run(config, plain, *OFF)

@@ -185,8 +185,8 @@ class PrototypeHead(nn.Module):
     """DINO's head: a perceptron of three layers, then the cosines with prototypes.
 
     Caron et al., ICCV 2021. The prototypes keep the length 1, DINO's own default and its stable choice; DINOv2 learns
-    their lengths. The cosines are computed in float32 whatever the autocast, because they are divided by a temperature
-    of some hundredths: rounded to bfloat16 they would be off by a twentieth of the exponent.
+    their lengths. The cosines are computed in float32 whatever the autocast: they are divided by some hundredths, which
+    makes 0.05 in the exponent of the rounding of a cosine to bfloat16.
 
     lightly's DINOv2ProjectionHead was not taken: its deprecated weight norm warns, keeps a computed tensor among its
     attributes that cannot be copied for the teacher, and its cosines follow the autocast.

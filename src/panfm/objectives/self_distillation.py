@@ -194,7 +194,7 @@ class SelfDistillation(nn.Module):
             losses = losses + config.koleo_weight * koleo
             metrics["koleo_loss"] = koleo.detach().mean()
         loss = losses.mean()
-        metrics |= {"teacher_temperature": targets.new_tensor(self.temperature), **_describe_teacher(targets)}
+        metrics |= {"teacher_temperature": targets.new_full((), self.temperature), **_describe_teacher(targets)}
         if self.centre is not None:
             metrics["centre_norm"] = self.centre.value.norm()
         metrics |= compute_modality_losses(losses, batch.modalities)
@@ -255,7 +255,7 @@ def _describe_teacher(probabilities: Tensor) -> dict[str, Metric]:
     teacher_information: entropy of the mean row less the mean entropy, in nats, at most log n; 0 for a collapse of
     either kind, on one prototype or on all.
     """
-    count = probabilities.new_tensor(float(len(probabilities)))
+    count = probabilities.new_full((), len(probabilities))
     entropy = torch.special.entr(probabilities).sum()  # of all rows
     entropy_of_mean = torch.special.entr(probabilities.sum(dim=0) / count.clamp(min=1)).sum()
     return {

@@ -53,8 +53,8 @@ class EmaTeacherConfig:
 
     kind: Literal["ema_teacher"] = "ema_teacher"
     num_blocks: int = Field(default=6, ge=1)
-    """Blocks, from the last on, whose outputs are averaged into the target. data2vec found a mean over half of the
-    encoder steadier than its last block alone, which is the most abstract and the first to collapse."""
+    """Blocks, from the last on, whose outputs are averaged into the target; data2vec found several to be better than
+    the last alone. 6 are half of a Base encoder."""
     tokens: Literal["hidden", "all"] = "hidden"
     """Which tokens are predicted: those of hidden patches (data2vec), or also CLS and the visible ones."""
     loss: Literal["smooth_l1", "cosine"] = "smooth_l1"

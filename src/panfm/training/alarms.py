@@ -140,7 +140,7 @@ class Alarms:
         self._bad[metric] = (count + 1, since)
         if (count + 1) % self.config.patience:
             return []
-        text = f"{metric} {seen} at {count + 1} looks in a row, since step {since}: {self.advice[kind]}"
+        text = f"{metric} {seen} at the last {count + 1} looks, since step {since}: {self.advice[kind]}"
         return [Alarm(metric, since, count + 1 == self.config.patience, text)]
 
 

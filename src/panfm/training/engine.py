@@ -246,11 +246,15 @@ class Engine:
             return StepOutput(loss, metrics, grad_norm=None, applied=False)
 
         if self.zero_stage == 0:
-            # The gradients are whole and summed over ranks here; clip_grad_norm_ with inf measures without clipping.
-            limit = self.config.clip_grad_norm or math.inf
-            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+            # The gradients are whole and summed over ranks here. clip_grad_norm_ would rewrite them all even where the
+            # norm is below the limit.
+            parameters = list(self.model.parameters())
+            total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = float(total)
             if not math.isfinite(norm):
                 return StepOutput(loss, metrics, grad_norm=None, applied=False)
+            if norm > (self.config.clip_grad_norm or math.inf):
+                nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm or math.inf, total)
             self._finish_step()
             return StepOutput(loss, metrics, norm, applied=True)
         self._finish_step()

@@ -29,7 +29,7 @@ from panfm.errors import UserError
 from panfm.files import compute_sha256
 from panfm.measures.knn import predict_knn
 from panfm.measures.metrics import compute_metric
-from panfm.shards.index import Exclusion, ShardSet, open_shard_set
+from panfm.shards.index import Exclusion, ShardSet, open_shard_set, read_index
 from panfm.shards.schema import MODALITIES
 
 METRICS = ("auroc", "balanced_accuracy")
@@ -141,8 +141,7 @@ def build_probe(config: ProbeConfig, data: DataConfig, excluded: Exclusion, tran
     """
     where = f"monitor.probe.shards ({', '.join(config.shards)})"
     shard_sets = [open_shard_set(path, (*IDENTITIES, "key", "modality", "labels")) for path in config.shards]
-    drawn_sets = [open_shard_set(path, (*IDENTITIES, "key", "modality")) for path in data.shards]
-    drawn_sources = {shard_set.source for shard_set in drawn_sets}
+    drawn_sources = {read_index(path)["card"]["name"] for path in data.shards}
     candidates = [
         candidate
         for number, shard_set in enumerate(shard_sets)
@@ -154,7 +153,7 @@ def build_probe(config: ProbeConfig, data: DataConfig, excluded: Exclusion, tran
             "monitor.probe.label, or sets that data.shards does not name"
         )
     chosen = choose_samples(candidates, config.num_samples)
-    _check_undrawn([candidate for candidate, _ in chosen], shard_sets, drawn_sets, data, excluded, where)
+    _check_undrawn([candidate for candidate, _ in chosen], shard_sets, data, excluded, where)
 
     own = [candidate for candidate, _ in chosen][get_rank() :: get_world_size()]
     with ThreadPoolExecutor(max_workers=max(data.workers, 1)) as pool:
@@ -233,14 +232,14 @@ def _list_candidates(
 def _check_undrawn(
     chosen: Sequence[Candidate],
     shard_sets: Sequence[ShardSet],
-    drawn_sets: Sequence[ShardSet],
     data: DataConfig,
     excluded: Exclusion,
     where: str,
 ) -> None:
     """Refuse a probe that shares an image, a lesion, a patient or a group with what pretraining may draw."""
     rows = {number: [one.row for one in chosen if one.shard_set == number] for number in range(len(shard_sets))}
-    for drawn in drawn_sets:
+    for path in data.shards:
+        drawn = open_shard_set(path, (*IDENTITIES, "key", "modality"))  # one after the other: they may be large
         drawable = drawn.table.select(IDENTITIES).filter(pa.array(find_drawable(drawn, data, excluded)))
         for number, shard_set in enumerate(shard_sets):
             probed = shard_set.table.select(IDENTITIES).take(pa.array(rows[number], pa.int64()))
