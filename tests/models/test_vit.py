@@ -171,6 +171,23 @@ def test_gradient_checkpointing_changes_no_gradient(layout: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("layout", ["cls", "dinov3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_are_whole_graphs_and_change_nothing(layout: str, checkpointing: bool) -> None:
+    vit = make_vit(layout)
+    vit.set_grad_checkpointing(checkpointing)
+    images = make_images(vit, 2)
+    masks = [
+        torch.arange(16).expand(2, 16) < number for number in (8, 4)
+    ]  # two lengths, as masked and whole views have
+    expected = [encode_visible(vit, images, mask) for mask in masks]
+    for block in vit.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    for mask, tokens in zip(masks, expected, strict=True):
+        torch.testing.assert_close(encode_visible(vit, images, mask), tokens, rtol=0, atol=1e-12)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("layout", ["cls", "dinov3", "mixed"])
 def test_attention_is_explicit_on_a_cpu_unless_the_sequence_is_long(layout: str) -> None:
     vit = make_vit(layout)
