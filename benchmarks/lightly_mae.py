@@ -1,12 +1,12 @@
-"""lightly's MAE example on panfm's shards, for as long as it is given: the peer of `benchmarks/recipes.py`.
+"""lightly's MAE example on panfm's shards, for as many samples as it is given: the peer of `benchmarks/recipes.py`.
 
-    python benchmarks/lightly_mae.py --shards DIR [DIR ...] --out RUN --seconds 1200 [--precision bf16 --batch-size 64]
+    python benchmarks/lightly_mae.py --shards DIR [DIR ...] --out RUN --samples 20000 [--precision bf16 --batch-size 64]
 
 What the example for PyTorch alone does, with lightly 1.6's own parts: its transform (crops from 0.2 on, mirrored),
 its masked ViT, which it initialises itself, a decoder of one block 512 wide with 16 heads, plain pixels as targets,
 AdamW at a constant 1.5e-4, batches of 256, a DataLoader, float32. A copy of the example with eight decoder blocks also
 circulates; one block is what its other versions have, and the faster of the two. Changed here: the encoder is the one
-that all recipes train, at their image size; the loop ends by the clock instead of after ten epochs; the loader has two
+that all recipes train, at their image size; the loop ends after --samples instead of ten epochs; the loader has two
 workers, since eight are not for two cores. The images are the same as panfm's recipes draw: test groups are left out.
 
 In: shard sets. Out: RUN/export (an export of panfm, so that the same evaluation reads it) and RUN/done.json.
@@ -15,6 +15,7 @@ In: shard sets. Out: RUN/export (an export of panfm, so that the same evaluation
 import argparse
 import io
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -102,7 +103,7 @@ def iterate_epochs(loader: DataLoader) -> Iterator[Tensor]:
 
 
 def train(model: nn.Module, images: Images, arguments: argparse.Namespace) -> dict[str, float]:
-    """Train until the clock says so, and return what was done; the clock starts when the first batch is asked for."""
+    """Train for so many samples or seconds, and return what was done; the clock starts with the first batch."""
     loader = DataLoader(
         images,
         batch_size=min(arguments.batch_size, len(images)),
@@ -113,18 +114,28 @@ def train(model: nn.Module, images: Images, arguments: argparse.Namespace) -> di
     )
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=arguments.lr)
     bf16 = torch.autocast("cpu", dtype=torch.bfloat16) if arguments.precision == "bf16" else nullcontext()
-    started, samples, steps, loss = time.monotonic(), 0, 0, float("nan")
+    started, samples, loss = time.monotonic(), 0, float("nan")
+    ends = [started]  # of the steps so far
     for batch in iterate_epochs(loader):
         with bf16:
             output = model(batch)
         output.backward()
         optimizer.step()
         optimizer.zero_grad()
-        samples, steps, loss = samples + len(batch), steps + 1, float(output.detach())
-        if time.monotonic() - started >= arguments.seconds:
+        samples, loss = samples + len(batch), float(output.detach())
+        ends.append(time.monotonic())
+        if samples >= arguments.samples or ends[-1] - started >= arguments.seconds:
             break
-    seconds = time.monotonic() - started
-    return {"samples_seen": samples, "steps": steps, "seconds": seconds, "loss": loss}
+    steps = len(ends) - 1
+    since = min(2, steps - 1)  # the first steps wait for the workers
+    speed = (samples - since * len(batch)) / (ends[-1] - ends[since])
+    return {
+        "samples_seen": samples,
+        "steps": steps,
+        "seconds": ends[-1] - started,
+        "images_per_second": speed,
+        "loss": loss,
+    }
 
 
 def export(
@@ -159,11 +170,12 @@ def export(
 
 
 def main() -> None:
-    """Train for the given time and export."""
+    """Train for the given length and export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, nargs="+", required=True, help="shard sets to train on")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
-    parser.add_argument("--seconds", type=float, required=True, help="of training")
+    parser.add_argument("--samples", type=float, default=math.inf, help="of training")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of training; whichever comes first")
     parser.add_argument("--encoder", default="vit_small_patch16_224", help="a timm ViT")
     parser.add_argument("--image-size", type=int, default=128, help="pixels")
     parser.add_argument("--seed", type=int, default=0)
@@ -172,6 +184,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="the example has 1.5e-4, constant")
     parser.add_argument("--workers", type=int, default=2, help="of the DataLoader")
     arguments = parser.parse_args()
+    if math.isinf(min(arguments.samples, arguments.seconds)):
+        parser.error("--samples or --seconds is needed")
 
     encoder = EncoderConfig(name=arguments.encoder, image_size=arguments.image_size)
     vit = build_vit(encoder, arguments.seed)

@@ -2,8 +2,8 @@
 
     python benchmarks/recipes.py --data FOLDER --out FOLDER [--minutes 20] [--seeds 3] [--recipes A B] [--open-test]
 
-    recipe  --a short training, thrown away-->  images a second  -->  total_samples, so that its schedule ends in time
-    seed x recipe  --trained in a process of its own, stopped by the clock at the latest-->  export, trained.json
+    recipes  --short trainings in turns, thrown away-->  images a second  --minutes-->  samples that each may see
+    seed x recipe  --trained on that many in a process of its own-->  export, trained.json
     encoders  --panfm.evaluation.run, development fold or test fold-->  Results and predictions
     predictions  --the same resampled patients for all-->  tables of each task's primary metric, paired differences
 
@@ -17,10 +17,10 @@ training. Recipes, on two cores and with the same ViT:
     lightly_mae_bf16  the same code under bfloat16 autocast, batches of 64, a rate of 5e-4: how much of it is arithmetic
     mae, latent, ...  benchmarks/recipes/*.yaml, trained by `panfm pretrain`
 
-The time is that of the training loop, from when the first batch is asked for, its worker included; reading weights,
-checkpoint and export are not in it. Seeds are the outer loop, so that what slows the machine down for an hour falls on
-every recipe. A killed run of the harness goes on where it was, with the same command: trainings that are done stay,
-one that was cut is done again, because its clock would not be the others'.
+The minutes are those of the training loop, its worker included, on an otherwise idle machine: let nothing else run
+while speeds are measured, which comes first and takes two minutes a recipe. From then on only samples count: what
+else the machine does, and that a run was cut and goes on from its checkpoint, changes how long it takes and not what
+comes out. Reading weights, checkpoint and export are not in the budget. Give the same command again after a kill.
 
 Recipes are chosen on development folds, which is what a run without --open-test measures. --open-test measures the test
 fold, and writes down in test_opened.json when and for what; afterwards only the same recipes can be measured there.
@@ -119,7 +119,7 @@ def main() -> None:
     data = os.environ.get("PANFM_REAL_DATA")
     parser.add_argument("--data", type=Path, default=data, help="folder of real images; default $PANFM_REAL_DATA")
     parser.add_argument("--out", type=Path, required=True, help="folder of shards, runs, features and results")
-    parser.add_argument("--minutes", type=float, default=20.0, help="wall-clock budget of each training")
+    parser.add_argument("--minutes", type=float, default=20.0, help="budget of each training, at the speed measured")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each recipe")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help=f"default: {', '.join(RECIPES)}")
     parser.add_argument("--draws", type=int, default=5, help="choices of labels at 10 %%")

@@ -175,15 +175,14 @@ def show(plan: Plan, cells: Sequence[Cell], rows: Sequence[Row]) -> Iterator[str
     """The tables, line by line: what was trained, each task's primary metric, paired differences."""
     recipes = list(dict.fromkeys([*plan.recipes, *(cell.recipe for cell in cells)]))
     width = max(map(len, recipes))
-    yield f"\n{'trained':<{width}}  {'samples':>9}  {'images/s':>8}  {'minutes':>7}  schedule done"
+    yield f"\n{'trained':<{width}}  {'samples':>9}  {'images/s':>8}  {'minutes':>7}"
     for recipe in recipes:
         runs = [
             read_json(path) for seed in plan.seeds if (path := plan.find_run(recipe, seed) / "trained.json").is_file()
         ]
         if runs:
-            samples, seconds = (statistics.mean(run[key] for run in runs) for key in ("samples_seen", "seconds"))
-            shares = ", ".join(f"{run['schedule_done']:.0%}" for run in runs)
-            yield f"{recipe:<{width}}  {samples:>9,.0f}  {samples / seconds:>8.1f}  {seconds / 60:>7.1f}  {shares}"
+            samples, minutes = (statistics.mean(run[key] for run in runs) for key in ("samples_seen", "minutes"))
+            yield f"{recipe:<{width}}  {samples:>9,.0f}  {samples / minutes / 60:>8.1f}  {minutes:>7.1f}"
     columns = sorted({(cell.protocol, cell.fraction) for cell in cells}, key=lambda c: (c[0] == "knn", *c))
     headings = "".join(f"  {f'{protocol} {fraction:.0%}':>18}" for protocol, fraction in columns)
     for task in plan.tasks:

@@ -1,7 +1,7 @@
-"""Training of benchmarks/recipes.py: each recipe and seed in a process of its own, for the same time by the clock.
+"""Training of benchmarks/recipes.py: each recipe and seed in a process of its own, for the same time.
 
-recipe  --a short training, thrown away-->  images a second  -->  total_samples, so that the schedule ends in time
-seed x recipe  -->  RUN/export, RUN/trained.json (written last: what has it is done)
+recipes  --short trainings in turns, thrown away-->  images a second  --minutes-->  samples that each may see
+seed x recipe  --trained on that many-->  RUN/export, RUN/trained.json (written last: what has it is done)
 """
 
 import json
@@ -26,10 +26,11 @@ FOLDER = Path(__file__).resolve().parent / "recipes"
 UNTRAINED = "random"
 PEERS: dict[str, tuple[str, ...]] = {  # arguments of lightly_mae.py
     "lightly_mae": (),
-    "lightly_mae_bf16": ("--precision", "bf16", "--batch-size", "64", "--lr", "5e-4"),
+    "lightly_mae_bf16": ("--precision", "bf16", "--lr", "5e-4"),
 }
+PEER_BATCH_SIZES = {"lightly_mae": 256, "lightly_mae_bf16": 64}  # samples; the example has 256
 SKIPPED_RECORDS = 2  # at the start of a measurement: the first steps wait for the worker and touch memory first
-RESERVE = 0.98  # of the budget that the schedule is planned for; the clock stops what would still take longer
+NUM_TURNS = 2  # short trainings of each recipe
 POLL_SECONDS = 0.25
 
 
@@ -60,6 +61,7 @@ class Plan:
 
 def train_all(plan: Plan) -> None:
     """Train what is not trained yet; seeds outside, recipes inside."""
+    measure_speeds(plan)
     for seed in plan.seeds:
         for recipe in plan.recipes:
             if recipe == UNTRAINED:
@@ -71,11 +73,13 @@ def train_all(plan: Plan) -> None:
                         f"{run}: {recipe} has changed since it was trained; remove the folder, or rename the recipe"
                     )
                 continue
-            shutil.rmtree(run, ignore_errors=True)  # of a run that was cut
-            print(f"training {recipe}, seed {seed}, {plan.minutes:g} minutes", flush=True)
-            done = (train_peer if recipe in PEERS else train_ours)(plan, recipe, seed, run)
+            batch_size = PEER_BATCH_SIZES[recipe] if recipe in PEERS else get_batch_size(plan, recipe)
+            speed = read_json(get_speed_path(plan, recipe))["images_per_second"]
+            total = max(1, int(speed * plan.seconds / batch_size)) * batch_size
+            print(f"training {recipe}, seed {seed}, {total} samples ({plan.minutes:g} minutes)", flush=True)
+            done = (train_peer if recipe in PEERS else train_ours)(plan, recipe, seed, total, run)
             facts = {"recipe": recipe, "seed": seed, "identity": identity, "cores": os.cpu_count()}
-            write_json(run / "trained.json", {**facts, **done})
+            write_json(run / "trained.json", {**facts, "minutes": total / speed / 60, **done})
 
 
 def identify(plan: Plan, recipe: str) -> str:
@@ -94,53 +98,63 @@ def find_recipe(name: str) -> Path:
     return path
 
 
-def train_peer(plan: Plan, recipe: str, seed: int, run: Path) -> dict[str, Any]:
+def train_peer(plan: Plan, recipe: str, seed: int, total: int, run: Path) -> dict[str, Any]:
+    """lightly's example from its start: it has no checkpoints, so what was cut is done again."""
+    shutil.rmtree(run, ignore_errors=True)
+    command = make_peer_command(plan, recipe, seed, run, ("--samples", str(total)))
+    wait(start(command, plan.out, run / "log.txt"), command, run / "log.txt")
+    done = read_json(run / "done.json")
+    return {key: done[key] for key in ("samples_seen", "steps", "seconds", "loss")}
+
+
+def train_ours(plan: Plan, recipe: str, seed: int, total: int, run: Path) -> dict[str, Any]:
+    """Train; what was cut goes on from its last checkpoint, which is bit-exact."""
+    command = make_command(plan, recipe, seed, total, run)
+    wait(start(command, plan.out, run / "log.txt"), command, run / "log.txt")
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    seconds = sum_seconds(read_metrics(run / "metrics.jsonl"))
+    command = [sys.executable, "-m", "panfm", "export", str(run), "--out", str(run / "export")]
+    wait(start(command, plan.out, run / "log.txt"), command, run / "log.txt")
+    return {"samples_seen": last["samples_seen"], "steps": last["step"], "seconds": seconds, "loss": last["loss"]}
+
+
+def measure_speeds(plan: Plan) -> None:
+    """Images a second of each recipe, from short trainings in turns whose weights are thrown away; measured once."""
+    recipes = [recipe for recipe in plan.recipes if recipe != UNTRAINED and not get_speed_path(plan, recipe).is_file()]
+    speeds: dict[str, list[float]] = {recipe: [] for recipe in recipes}
+    for _ in range(NUM_TURNS):
+        for recipe in recipes:
+            print(f"measuring the speed of {recipe}", flush=True)
+            speeds[recipe].append(measure_speed(plan, recipe))
+    for recipe, found in speeds.items():
+        write_json(get_speed_path(plan, recipe), {"images_per_second": statistics.mean(found), "turns": found})
+
+
+def measure_speed(plan: Plan, recipe: str) -> float:
+    """Images a second over the steps of one short training."""
+    run = plan.out / "speeds" / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    log = run.with_suffix(".txt")
+    if recipe in PEERS:
+        command = make_peer_command(plan, recipe, 0, run, ("--seconds", str(2 * plan.measured_seconds)))
+        wait(start(command, plan.out, log), command, log)
+        return float(read_json(run / "done.json")["images_per_second"])
+    command = make_command(plan, recipe, 0, 10**7, run)
+    stop_after(start(command, plan.out, log), command, run, plan.measured_seconds)
+    records = read_metrics(run / "metrics.jsonl")
+    return statistics.median(record["images_per_second"] for record in records[SKIPPED_RECORDS:] or records)
+
+
+def get_speed_path(plan: Plan, recipe: str) -> Path:
+    return plan.out / "speeds" / f"{recipe}-{identify(plan, recipe)[:12]}.json"
+
+
+def make_peer_command(plan: Plan, recipe: str, seed: int, run: Path, length: tuple[str, str]) -> list[str]:
     script = Path(__file__).resolve().parent / "lightly_mae.py"
     common = read_yaml(FOLDER / "common.yaml")["encoder"]
     command = [sys.executable, str(script), "--shards", *map(str, plan.shards), "--out", str(run), "--seed", str(seed)]
     command += ["--encoder", common["name"], "--image-size", str(common["image_size"])]
-    command += ["--seconds", str(plan.seconds), *PEERS[recipe], *plan.peer]
-    process = start(command, plan.out, run / "log.txt")
-    wait(process, command, run / "log.txt")
-    done: dict[str, Any] = read_json(run / "done.json")
-    return {**done, "stopped_by_clock": True, "schedule_done": 1.0}  # it has no schedule
-
-
-def train_ours(plan: Plan, recipe: str, seed: int, run: Path) -> dict[str, Any]:
-    """Train for the budget; total_samples follows from the measured speed, alike for all seeds."""
-    batch_size = get_batch_size(plan, recipe)
-    speed = measure_speed(plan, recipe, batch_size)
-    total = max(1, int(speed * plan.seconds * RESERVE / batch_size)) * batch_size
-    command = make_command(plan, recipe, seed, total, run)
-    clock = stop_after(start(command, plan.out, run / "log.txt"), command, run, plan.seconds)
-    records = read_metrics(run / "metrics.jsonl")
-    samples, seconds = int(records[-1]["samples_seen"]), sum_seconds(records)
-    command = [sys.executable, "-m", "panfm", "export", str(run), "--out", str(run / "export")]
-    wait(start(command, plan.out, run / "log.txt"), command, run / "log.txt")
-    return {
-        "samples_seen": samples,
-        "steps": records[-1]["step"],
-        "seconds": seconds,
-        "loss": records[-1]["loss"],
-        "stopped_by_clock": clock,
-        "schedule_done": samples / total,
-    }
-
-
-def measure_speed(plan: Plan, recipe: str, batch_size: int) -> float:
-    """Images a second of a recipe, from a short training whose weights are thrown away; measured once, then kept."""
-    kept = plan.out / "speeds" / f"{recipe}-{identify(plan, recipe)[:12]}.json"
-    if not kept.is_file():
-        run = plan.out / "speeds" / "run"
-        shutil.rmtree(run, ignore_errors=True)
-        print(f"measuring the speed of {recipe}", flush=True)
-        command = make_command(plan, recipe, 0, 10**7, run)
-        stop_after(start(command, plan.out, run.with_suffix(".txt")), command, run, plan.measured_seconds)
-        records = read_metrics(run / "metrics.jsonl")
-        speeds = [record["images_per_second"] for record in records[SKIPPED_RECORDS:] or records]
-        shutil.rmtree(run)
-        write_json(kept, {"images_per_second": statistics.median(speeds), "num_records": len(speeds)})
-    return float(read_json(kept)["images_per_second"])
+    return [*command, "--batch-size", str(PEER_BATCH_SIZES[recipe]), *length, *PEERS[recipe], *plan.peer]
 
 
 def make_command(plan: Plan, recipe: str, seed: int, total: int, run: Path) -> list[str]:
@@ -177,12 +191,11 @@ def wait(process: subprocess.Popen[bytes], command: Sequence[str], log: Path, fi
         sys.exit(f"{' '.join(command)}\n{tail}\nended with {code}; the log is {log}")
 
 
-def stop_after(process: subprocess.Popen[bytes], command: Sequence[str], run: Path, seconds: float) -> bool:
-    """Let a training run end, or ask it to save and end once its loop has taken `seconds`; True: the clock ended it.
+def stop_after(process: subprocess.Popen[bytes], command: Sequence[str], run: Path, seconds: float) -> None:
+    """Ask a training run to save and end once its loop has taken `seconds`.
 
     The loop's clock is read off the first record: when it was written, less what its steps took.
     """
-    log = run / "log.txt" if (run / "log.txt").exists() else run.with_suffix(".txt")
     metrics, begun, stopped = run / "metrics.jsonl", None, False
     try:
         while process.poll() is None:
@@ -195,8 +208,7 @@ def stop_after(process: subprocess.Popen[bytes], command: Sequence[str], run: Pa
     except BaseException:
         process.kill()
         raise
-    wait(process, command, log, fine=(0, 75))
-    return stopped
+    wait(process, command, run.with_suffix(".txt"), fine=(0, 75))
 
 
 def sum_seconds(records: Sequence[dict[str, Any]]) -> float:
