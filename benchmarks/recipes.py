@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py --data FOLDER --out FOLDER [--minutes 20] [--seeds 3] [--recipes A B] [--open-test]
 
-    recipes  --short trainings in turns, thrown away-->  images a second  --minutes-->  samples that each may see
+    recipes  --trainings in turns of seconds, thrown away-->  images a second  --minutes-->  samples that each may see
     seed x recipe  --trained on that many in a process of its own-->  export, trained.json
     encoders  --panfm.evaluation.run, development fold or test fold-->  Results and predictions
     predictions  --the same resampled patients for all-->  tables of each task's primary metric, paired differences
@@ -48,14 +48,17 @@ SOURCES = {
 TASKS = ("ham10000_diagnosis", "ham10000_malignancy", "pad_ufes20_diagnosis", "pad_ufes20_malignancy")
 RECIPES = ("random", "lightly_mae", "lightly_mae_bf16", "mae", "latent", "latent_lesion")
 QUICK_RECIPES = ("random", "lightly_mae_bf16", "latent")
-MEASURED_SECONDS = 45.0  # of training, to learn how many images a second a recipe makes
+TURN_SECONDS = 8.0  # of each of the turns in which the speeds of recipes are measured
 
 
 def open_test(plan: Plan) -> None:
     """Write down that the test fold is looked at, and for what; refuse a second look at anything else."""
     path = plan.out / "test_opened.json"
     asked = {
-        "recipes": {recipe: "" if recipe == UNTRAINED else identify(plan, recipe) for recipe in plan.recipes},
+        "recipes": {
+            recipe: "" if recipe == UNTRAINED else identify(plan, recipe, minutes=plan.minutes)
+            for recipe in plan.recipes
+        },
         "minutes": plan.minutes,
         "seeds": list(plan.seeds),
         "tasks": list(plan.tasks),
@@ -101,7 +104,7 @@ def shrink(plan: Plan) -> Plan:
         tasks=TASKS[-1:],
         fractions=(1.0,),
         draws=1,
-        measured_seconds=1.0,
+        turn_seconds=0.3,
         complete=False,
         overrides=(
             "encoder.name=vit_tiny_patch16_224",
@@ -140,7 +143,7 @@ def main() -> None:
         tasks=TASKS,
         fractions=(0.1, 1.0),
         draws=arguments.draws,
-        measured_seconds=min(MEASURED_SECONDS, 60 * arguments.minutes),
+        turn_seconds=TURN_SECONDS,
     )
     if arguments.quick:
         plan = shrink(plan)

@@ -1,18 +1,19 @@
 """Training of benchmarks/recipes.py: each recipe and seed in a process of its own, for the same time.
 
-recipes  --short trainings in turns, thrown away-->  images a second  --minutes-->  samples that each may see
+recipes  --trainings in turns of seconds, thrown away-->  images a second  --minutes-->  samples that each may see
 seed x recipe  --trained on that many-->  RUN/export, RUN/trained.json (written last: what has it is done)
 """
 
 import json
 import os
+import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ PEERS: dict[str, tuple[str, ...]] = {  # arguments of lightly_mae.py
     "lightly_mae_bf16": ("--precision", "bf16", "--lr", "5e-4"),
 }
 PEER_BATCH_SIZES = {"lightly_mae": 256, "lightly_mae_bf16": 64}  # samples; the example has 256
-SKIPPED_RECORDS = 2  # at the start of a measurement: the first steps wait for the worker and touch memory first
-NUM_TURNS = 2  # short trainings of each recipe
+NUM_TURNS = 12  # of each training whose speed is measured
+WARM_STEPS = 2  # before its first turn: they wait for the worker and touch memory first
 POLL_SECONDS = 0.25
+STEP_LINE = "step "  # how lightly_mae.py says that it has done one
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Plan:
     tasks: tuple[str, ...]
     fractions: tuple[float, ...]
     draws: int
-    measured_seconds: float  # of a training whose speed is measured
+    turn_seconds: float  # of a training whose speed is measured
     shards: tuple[Path, ...] = ()
     overrides: tuple[str, ...] = ()
     peer: tuple[str, ...] = ()
@@ -66,14 +68,14 @@ def train_all(plan: Plan) -> None:
         for recipe in plan.recipes:
             if recipe == UNTRAINED:
                 continue
-            run, identity = plan.find_run(recipe, seed), identify(plan, recipe)
+            run, identity = plan.find_run(recipe, seed), identify(plan, recipe, minutes=plan.minutes)
             if (run / "trained.json").is_file():
                 if read_json(run / "trained.json")["identity"] != identity:
                     sys.exit(
                         f"{run}: {recipe} has changed since it was trained; remove the folder, or rename the recipe"
                     )
                 continue
-            batch_size = PEER_BATCH_SIZES[recipe] if recipe in PEERS else get_batch_size(plan, recipe)
+            batch_size = find_batch_size(plan, recipe)
             speed = read_json(get_speed_path(plan, recipe))["images_per_second"]
             total = max(1, int(speed * plan.seconds / batch_size)) * batch_size
             print(f"training {recipe}, seed {seed}, {total} samples ({plan.minutes:g} minutes)", flush=True)
@@ -82,12 +84,12 @@ def train_all(plan: Plan) -> None:
             write_json(run / "trained.json", {**facts, "minutes": total / speed / 60, **done})
 
 
-def identify(plan: Plan, recipe: str) -> str:
-    """A hash of all that decides what a recipe does."""
+def identify(plan: Plan, recipe: str, *, minutes: float | None = None) -> str:
+    """A hash of all that decides what a recipe does, and for how long."""
     settings: Any = [list(PEERS.get(recipe, ())), list(plan.peer)]
     if recipe not in PEERS:
         settings = [read_yaml(find_recipe(recipe)), read_yaml(FOLDER / "common.yaml"), list(plan.overrides)]
-    return compute_json_hash([settings, plan.minutes])
+    return compute_json_hash([settings, minutes])
 
 
 def find_recipe(name: str) -> Path:
@@ -119,30 +121,80 @@ def train_ours(plan: Plan, recipe: str, seed: int, total: int, run: Path) -> dic
 
 
 def measure_speeds(plan: Plan) -> None:
-    """Images a second of each recipe, from short trainings in turns whose weights are thrown away; measured once."""
+    """Images a second of each recipe, measured once.
+
+    A machine's speed may drift by half within minutes, and would favour the recipe whose minute was the better one.
+    So all trainings are started, stopped, and let run in turns of seconds; a step that a turn cuts goes on in the next.
+    """
     recipes = [recipe for recipe in plan.recipes if recipe != UNTRAINED and not get_speed_path(plan, recipe).is_file()]
-    speeds: dict[str, list[float]] = {recipe: [] for recipe in recipes}
-    for _ in range(NUM_TURNS):
-        for recipe in recipes:
-            print(f"measuring the speed of {recipe}", flush=True)
-            speeds[recipe].append(measure_speed(plan, recipe))
-    for recipe, found in speeds.items():
-        write_json(get_speed_path(plan, recipe), {"images_per_second": statistics.mean(found), "turns": found})
+    if not recipes:
+        return
+    print(f"measuring the speed of {', '.join(recipes)}", flush=True)
+    shutil.rmtree(plan.out / "speeds" / "runs", ignore_errors=True)
+    with ExitStack() as stack:
+        trainings = [Training(plan, recipe, stack) for recipe in recipes]
+        for training in trainings:
+            training.warm_up()
+        order = random.Random(0)
+        for _ in range(NUM_TURNS):
+            for training in order.sample(trainings, len(trainings)):
+                training.take_turn(plan.turn_seconds)
+        for training in trainings:
+            speed = training.num_steps * training.batch_size / (NUM_TURNS * plan.turn_seconds)
+            facts = {"images_per_second": speed, "steps": training.num_steps, "measured_beside": recipes}
+            write_json(get_speed_path(plan, training.recipe), facts)
+    shutil.rmtree(plan.out / "speeds" / "runs")
 
 
-def measure_speed(plan: Plan, recipe: str) -> float:
-    """Images a second over the steps of one short training."""
-    run = plan.out / "speeds" / "run"
-    shutil.rmtree(run, ignore_errors=True)
-    log = run.with_suffix(".txt")
-    if recipe in PEERS:
-        command = make_peer_command(plan, recipe, 0, run, ("--seconds", str(2 * plan.measured_seconds)))
-        wait(start(command, plan.out, log), command, log)
-        return float(read_json(run / "done.json")["images_per_second"])
-    command = make_command(plan, recipe, 0, 10**7, run)
-    stop_after(start(command, plan.out, log), command, run, plan.measured_seconds)
-    records = read_metrics(run / "metrics.jsonl")
-    return statistics.median(record["images_per_second"] for record in records[SKIPPED_RECORDS:] or records)
+class Training:
+    """A training, its worker included, that runs when it is told to; killed when the stack closes."""
+
+    def __init__(self, plan: Plan, recipe: str, stack: ExitStack) -> None:
+        self.recipe = recipe
+        self.batch_size = find_batch_size(plan, recipe)
+        run = plan.out / "speeds" / "runs" / recipe
+        self.log = run.with_suffix(".txt")
+        if recipe in PEERS:
+            self.steps = self.log
+            self.command = make_peer_command(plan, recipe, 0, run, ("--samples", str(10**9)))
+        else:
+            self.steps = run / "metrics.jsonl"
+            self.command = [*make_command(plan, recipe, 0, 10**9, run), "tracking.log_every=1"]
+        self.process = start(self.command, plan.out, self.log, new_session=True)
+        stack.callback(self._end)
+        self._signal(signal.SIGSTOP)
+        self.first = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps since the warm-up."""
+        return self._count() - self.first
+
+    def warm_up(self) -> None:
+        self._signal(signal.SIGCONT)
+        while self._count() < WARM_STEPS:
+            if self.process.poll() is not None:
+                wait(self.process, self.command, self.log, fine=())
+            time.sleep(POLL_SECONDS)
+        self._signal(signal.SIGSTOP)
+        self.first = self._count()
+
+    def take_turn(self, seconds: float) -> None:
+        self._signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self._signal(signal.SIGSTOP)
+
+    def _count(self) -> int:
+        if not self.steps.is_file():
+            return 0
+        return sum(line.startswith(("{", STEP_LINE)) for line in self.steps.read_text(errors="replace").splitlines())
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def _end(self) -> None:
+        self._signal(signal.SIGKILL)
+        self.process.wait()
 
 
 def get_speed_path(plan: Plan, recipe: str) -> Path:
@@ -168,16 +220,20 @@ def make_command(plan: Plan, recipe: str, seed: int, total: int, run: Path) -> l
     return [sys.executable, "-m", "panfm", "pretrain", str(find_recipe(recipe)), *changes, "--out", str(run)]
 
 
-def get_batch_size(plan: Plan, recipe: str) -> int:
-    """engine.global_batch_size as the recipe, its base and the overrides give it."""
+def find_batch_size(plan: Plan, recipe: str) -> int:
+    """Samples a step: as a recipe, its base and the overrides give it."""
+    if recipe in PEERS:
+        return PEER_BATCH_SIZES[recipe]
     return load_config(PretrainConfig, str(find_recipe(recipe)), plan.overrides).engine.global_batch_size
 
 
-def start(command: Sequence[str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], folder: Path, log: Path, *, new_session: bool = False) -> subprocess.Popen[bytes]:
     """Start in `folder`, where weights/ lies, everything that it says going to the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        return subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT)  # noqa: S603  our own
+        return subprocess.Popen(  # noqa: S603  our own
+            command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=new_session
+        )
 
 
 def wait(process: subprocess.Popen[bytes], command: Sequence[str], log: Path, fine: tuple[int, ...] = (0,)) -> None:
@@ -189,26 +245,6 @@ def wait(process: subprocess.Popen[bytes], command: Sequence[str], log: Path, fi
     if code not in fine:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         sys.exit(f"{' '.join(command)}\n{tail}\nended with {code}; the log is {log}")
-
-
-def stop_after(process: subprocess.Popen[bytes], command: Sequence[str], run: Path, seconds: float) -> None:
-    """Ask a training run to save and end once its loop has taken `seconds`.
-
-    The loop's clock is read off the first record: when it was written, less what its steps took.
-    """
-    metrics, begun, stopped = run / "metrics.jsonl", None, False
-    try:
-        while process.poll() is None:
-            if begun is None and metrics.is_file() and (records := read_metrics(metrics)):
-                begun = time.monotonic() - sum_seconds(records)
-            if begun is not None and not stopped and time.monotonic() - begun >= seconds:
-                process.send_signal(signal.SIGTERM)
-                stopped = True
-            time.sleep(POLL_SECONDS)
-    except BaseException:
-        process.kill()
-        raise
-    wait(process, command, run.with_suffix(".txt"), fine=(0, 75))
 
 
 def sum_seconds(records: Sequence[dict[str, Any]]) -> float:

@@ -120,6 +120,17 @@ def test_a_cnn_teacher_gives_its_stride_16_map_row_by_row(tmp_path: Path) -> Non
     assert load_encoder("timm:test_efficientnet@random:0?image_size=160").token_grid(112) == (10, 10)
 
 
+@pytest.mark.parametrize(
+    "address", [VIT, f"{VIT}?pooling=cls", "timm:test_vit2@random:0", "timm:test_efficientnet@random:0"]
+)
+def test_a_teachers_tokens_and_feature_in_one_pass_are_those_of_two(address: str) -> None:
+    encoder = load_encoder(address)
+    images = make_images(2, encoder.image_size)
+    tokens, feature = encoder.forward_tokens_and_feature(images)
+    torch.testing.assert_close(tokens, encoder.forward_tokens(images), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(feature, encoder.forward(images), rtol=1e-5, atol=1e-6)
+
+
 def test_a_vit_teacher_resizes_images_to_its_own_size() -> None:
     encoder = load_encoder(f"{VIT}?image_size=64")
     images = make_images(2, 96)

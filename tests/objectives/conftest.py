@@ -73,6 +73,10 @@ class ConvTeacher(nn.Module):
         feature_map = torch.nn.functional.conv2d(images.float() / 255 - 0.5, self.weight, stride=self.stride).tanh()
         return feature_map.flatten(2).transpose(1, 2)
 
+    def forward_tokens_and_feature(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.forward_tokens(images)
+        return tokens, torch.cat([tokens.amax(dim=1), tokens.std(dim=1)], dim=1)  # [B, 24], no mean of the map
+
     def token_grid(self, image_size: int) -> tuple[int, int]:
         return image_size // self.stride, image_size // self.stride
 

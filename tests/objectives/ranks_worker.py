@@ -24,8 +24,8 @@ from panfm.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     read_extra_state,
-    write_checkpoint,
 )
+from panfm.training.checkpoint_writer import write_checkpoint
 from tests.objectives.conftest import EMA_LATENTS, SELF_DISTILLATION, read
 
 FACTS = EncoderFacts(

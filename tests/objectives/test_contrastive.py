@@ -50,6 +50,22 @@ def test_lesions_are_the_multi_positive_loss(golden: Path, temperature: float) -
     assert int(result.has_positive.sum()) == 13
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_originals_numbers_in_float32_and_under_autocast(golden: Path, autocast: bool) -> None:
+    pairs, lesions = (load_file(golden / f"contrastive_{name}.safetensors") for name in ("ntxent", "multi_positive"))
+    groups = make_groups(torch.arange(16), lesions=lesions["in.lesion_id"], patients=lesions["in.patient_id"])
+    z = torch.cat([pairs["in.z0"], pairs["in.z1"]])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scale = log_scale_of(0.1).float()
+        losses = (
+            compute_info_nce(z, make_groups(torch.arange(8).repeat(2)), scale, positives="views").loss,
+            compute_info_nce(lesions["in.z"], groups, scale, positives="lesion").loss,
+        )
+    for loss, tensors in zip(losses, (pairs, lesions), strict=True):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, tensors["out64.loss.T0.1"].float(), rtol=1e-5, atol=0)
+
+
 def loop(z: Tensor, groups: Groups, temperature: float, positives: str, across_visits: bool) -> Tensor:
     """The definition, pair by pair."""
     z = z / z.norm(dim=1, keepdim=True)

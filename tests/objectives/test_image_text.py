@@ -62,6 +62,19 @@ def test_the_losses_are_the_originals(golden: Path, name: str) -> None:
         torch.testing.assert_close(leaves[short].grad, tensors[f"grad64{variant}.{key}"], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_the_originals_numbers_in_float32_and_under_autocast(golden: Path, name: str, autocast: bool) -> None:
+    tensors = load_file(golden / f"contrastive_{name}.safetensors")
+    sides = (tensors[f"in.{side}_features_raw"] for side in ("image", "text"))
+    bias = tensors["in.logit_bias"] if name == "siglip" else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = compute_image_text_loss(*sides, know(list(range(8))), tensors["in.log_logit_scale"], bias).loss
+    expected = tensors["out64.loss" if name == "siglip" else "out64.loss.no_bias"]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_half_precision_and_autocast_do_not_reach_the_loss(golden: Path, name: str) -> None:
     tensors = load_file(golden / f"contrastive_{name}.safetensors")

@@ -48,6 +48,10 @@ def make_vit(layer_scale: float | None) -> VisionTransformer:
     ).double()
 
 
+def narrow(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
 def apply(objective: nn.Module, view: EncodedView) -> ObjectiveOutput:
     """The objective on one view of images of whose origin nothing is known."""
     size = len(view.images)
@@ -117,6 +121,20 @@ def test_mae_loss_is_the_originals(mae, patch_normalise: bool, key: str) -> None
     objective.patch_normalise = patch_normalise
     loss = apply(objective, encode(vit, tensors, tensors["out.mask"])).loss
     torch.testing.assert_close(loss, tensors[key], rtol=0, atol=ATOL)
+
+
+# Relative errors: float32 rounds, and under autocast the networks before the loss compute in bfloat16.
+PRECISIONS = [(False, 2e-6), (True, 5e-3)]
+
+
+@pytest.mark.parametrize(("autocast", "tolerance"), PRECISIONS)
+def test_mae_is_the_original_in_float32_and_under_autocast(mae, autocast: bool, tolerance: float) -> None:
+    tensors, vit, objective = mae
+    single = narrow(tensors)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = apply(objective.float(), encode(vit.float(), single, tensors["out.mask"])).loss
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(float(tensors["out64.loss_norm_pix"]), rel=tolerance)
 
 
 def test_mae_gradients_are_the_originals(mae) -> None:
@@ -218,6 +236,17 @@ def test_cae_v2_tokens_loss_and_gradients_are_the_originals(golden: Path, case: 
             torch.testing.assert_close(own, expected, rtol=0, atol=ATOL, msg=f"{module} {name}")
             compared += 1
     assert compared >= 11
+
+
+@pytest.mark.parametrize(("autocast", "tolerance"), PRECISIONS)
+def test_cae_v2_is_the_original_in_float32_and_under_autocast(golden: Path, autocast: bool, tolerance: float) -> None:
+    tensors, config = read_golden(golden / "cae_v2.safetensors")
+    vit, objective = make_cae(narrow(tensors), config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = apply(objective.float(), encode(vit.float(), narrow(tensors), tensors["in.mask"])).loss
+    assert loss.dtype == torch.float32
+    expected = float(tensors["out64.loss"]) / config["latent_alignment_loss_weight"]
+    assert float(loss.detach()) == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.fixture
@@ -342,3 +371,30 @@ def test_published_targets_on_the_students_own_grid_are_the_teachers_tokens(
     targets = torch.stack([t[i] for t, i in zip(tokens, order, strict=True)])
     expected = (1 - nn.functional.cosine_similarity(seen[0], targets, dim=-1)).mean()
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
+
+
+def test_the_teachers_feature_is_predicted_from_the_mean_of_the_visible_patches(
+    small_vit, teacher_of_stride_8, make_batch
+) -> None:
+    torch.manual_seed(2)
+    regressor, head, feature_head = Regressor(64, 64, 1, 2, 0.1, (4, 4)), TokenHead(64, 12), TokenHead(64, 24)
+    batch, losses, metrics = make_batch(), {}, {}
+    view = encode_batch(small_vit, batch)
+    for weight in (0.0, 0.5):
+        objective = MaskedLatents(
+            regressor,
+            head,
+            FrozenTargets(teacher_of_stride_8, (4, 4), "layer_norm", with_feature=weight > 0),
+            has_cls=True,
+            feature_head=feature_head if weight else None,
+            feature_weight=weight,
+        )
+        output = apply(objective, view)
+        losses[weight], metrics[weight] = output.loss, output.metrics
+    _, feature = teacher_of_stride_8.forward_tokens_and_feature(batch.views[0])
+    target = nn.functional.layer_norm(feature, (24,), eps=1e-6)
+    prediction = feature_head(view.tokens[:, 1:].mean(dim=1))  # CLS is no patch
+    cosines = nn.functional.cosine_similarity(prediction, target, dim=1)
+    torch.testing.assert_close(losses[0.5] - losses[0.0], 0.5 * (1 - cosines).mean(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(metrics[0.5]["cosine_feature"], cosines.detach().mean(), rtol=0, atol=1e-6)
+    assert "cosine_feature" not in metrics[0.0]

@@ -30,6 +30,7 @@ COSINE = {"target": {"kind": "ema_teacher", "num_blocks": 1, "loss": "cosine", "
 BY_HEART = {
     "pixels": (PIXELS, 0.5),
     "latents": (LATENTS, 0.4),
+    "latents and the teacher's feature": (LATENTS | {"target": LATENTS["target"] | {"feature_weight": 1.0}}, 0.4),
     "ema latents": (EMA_LATENTS | {"target": EMA_LATENTS["target"] | RESTING}, 0.5),
     "ema latents, cosine": (EMA_LATENTS | COSINE, 0.3),
     "views": (VIEWS, 0.1),

@@ -50,7 +50,7 @@ def read_golden(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
 def assign(centring: str, logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
     if centring == "sinkhorn_knopp":
         return compute_sinkhorn(logits, temperature)
-    module = Centre(logits.shape[1], momentum=0.9).double()
+    module = Centre(logits.shape[1], momentum=0.9).to(logits.dtype)
     module.value.copy_(centre.flatten())
     return module(logits, temperature)
 
@@ -95,6 +95,38 @@ def test_ibot_is_the_originals(golden: Path, centring: str) -> None:
     close(losses.mean(), tensors[f"out64.loss.{centring}"])
     losses.mean().backward()
     close(logits.grad, tensors[f"grad64.{centring}.student_logits"][: len(hidden)])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("centring", CENTRINGS)
+def test_the_originals_numbers_in_float32_and_under_autocast(golden: Path, centring: str, autocast: bool) -> None:
+    dino, config = read_golden(golden / "dinov2_dino_loss.safetensors")
+    ibot, _ = read_golden(golden / "dinov2_ibot_loss.safetensors")
+    koleo, _ = read_golden(golden / "dinov2_koleo_loss.safetensors")
+    size, hidden = int(config["batch_size"]), ibot["in.masks"].flatten().nonzero().squeeze(1)
+    students = torch.cat([dino["in.student_global_logits"], dino["in.student_local_logits"]]).float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        teachers = [
+            assign(centring, case["in.teacher_logits"].float(), case["in.center"].float(), config["teacher_temp"])
+            for case in (dino, ibot)
+        ]
+        losses = [
+            compute_dino_loss(
+                students.unflatten(0, (-1, size)), teachers[0].unflatten(0, (2, size)), config["student_temp"]
+            ),
+            compute_ibot_loss(
+                ibot["in.student_logits"][: len(hidden)].float(),
+                teachers[1],
+                hidden,
+                ibot["in.masks"],
+                config["student_temp"],
+            ),
+            compute_koleo(koleo["in.features"].float()),
+        ]
+    expected = (dino[f"out64.loss_dino_total.{centring}"], ibot[f"out64.loss.{centring}"], koleo["out64.loss"])
+    for loss, original in zip(losses, expected, strict=True):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.mean(), original.float(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("case", ["dino", "ibot"])

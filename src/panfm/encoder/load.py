@@ -99,13 +99,17 @@ class Encoder:
         Images come at the student's size. They are resized (bilinear, antialiased) to this encoder's own size if its
         address gives image_size or its position embedding is tied to one; otherwise they are used as they are.
         """
-        normalised = self._prepare(images)
-        if self.has_fixed_size and images.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            normalised = F.interpolate(normalised, size, mode="bilinear", antialias=True, align_corners=False)
-            normalised = self._lay_out(normalised)
+        normalised = self._resize(self._prepare(images))
         with self._precision():
             return self.module.forward_tokens(normalised).float()
+
+    @torch.no_grad()
+    def forward_tokens_and_feature(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute `forward_tokens` and, in the same pass, the pooled feature [B, D] of the same images."""
+        normalised = self._resize(self._prepare(images))
+        with self._precision():
+            tokens, feature = self.module.forward_tokens_and_feature(normalised)
+        return tokens.float(), feature.float()
 
     def token_grid(self, image_size: int) -> tuple[int, int]:
         """Return (h, w) of forward_tokens for square images of `image_size` pixels."""
@@ -131,6 +135,12 @@ class Encoder:
 
     def _prepare(self, images: Tensor) -> Tensor:
         return self._lay_out(self.transform.normalise(images.to(self.device, non_blocking=True)))
+
+    def _resize(self, normalised: Tensor) -> Tensor:
+        if not self.has_fixed_size or normalised.shape[-1] == self.image_size:
+            return normalised
+        size = (self.image_size, self.image_size)
+        return self._lay_out(F.interpolate(normalised, size, mode="bilinear", antialias=True, align_corners=False))
 
     def _lay_out(self, images: Tensor) -> Tensor:
         layout = torch.contiguous_format if self.module.is_token_model else torch.channels_last

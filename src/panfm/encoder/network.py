@@ -38,7 +38,10 @@ class EncoderNetwork(nn.Module):
         """Return pooled features: images float [B, 3, S, S] -> [B, D]."""
         if not self.is_token_model:
             return self.model(images)  # type: ignore[no-any-return]
-        tokens = self.model.forward_features(images)  # type: ignore[operator]  # [B, P + N, C]
+        return self._pool(self.model.forward_features(images))  # type: ignore[operator]
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        """Tokens as the model gives them, [B, P + N, C] -> features [B, D]."""
         if self.pooling == "map":
             return self.model.forward_head(tokens, pre_logits=True)  # type: ignore[operator, no-any-return]
         cls_token, patches = tokens[:, 0], tokens[:, self.num_prefix_tokens :]
@@ -56,14 +59,27 @@ class EncoderNetwork(nn.Module):
         nothing that a student could align with.
         """
         if self.is_token_model:
-            tokens = self.model.forward_features(images)  # type: ignore[operator]  # [B, P + N, C]
-            tokens = torch.cat([tokens[:, : int(self.has_cls)], tokens[:, self.num_prefix_tokens :]], dim=1)
-            # Models with the norm behind the pooling leave their tokens unnormalised, and a target must not be.
-            return self.norm_behind_pooling(tokens)
+            return self._select(self.model.forward_features(images))  # type: ignore[operator]
         (feature_map,) = self.model.forward_intermediates(  # type: ignore[operator]
             images, indices=[self._stride_index()], output_fmt="NCHW", intermediates_only=True, stop_early=True
         )  # [B, C, h, w]
         return feature_map.flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+    def forward_tokens_and_feature(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `forward_tokens` and what `forward` do, for the cost of one pass."""
+        if self.is_token_model:
+            tokens = self.model.forward_features(images)  # type: ignore[operator]
+            return self._select(tokens), self._pool(tokens)
+        final, (feature_map,) = self.model.forward_intermediates(  # type: ignore[operator]
+            images, indices=[self._stride_index()], output_fmt="NCHW"
+        )
+        return feature_map.flatten(2).transpose(1, 2), self.model.forward_head(final)  # type: ignore[operator]
+
+    def _select(self, tokens: Tensor) -> Tensor:
+        """Tokens as the model gives them, [B, P + N, C] -> class token and places, normalised."""
+        tokens = torch.cat([tokens[:, : int(self.has_cls)], tokens[:, self.num_prefix_tokens :]], dim=1)
+        # Models with the norm behind the pooling leave their tokens unnormalised, and a target must not be.
+        return self.norm_behind_pooling(tokens)
 
     @property
     def norm_behind_pooling(self) -> Callable[[Tensor], Tensor]:

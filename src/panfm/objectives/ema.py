@@ -3,9 +3,11 @@
     student (inside the engine)  --after each applied step-->  teacher = m * teacher + (1 - m) * student
 
 The teacher is no part of the module tree that DeepSpeed wraps: it is not trained, not sharded, not in the engine's own
-files. Parameters are whole on every rank at ZeRO 0 to 2, so each rank averages for itself and all have the same teacher
-to the bit. In bfloat16 a step of (1 - m) of the difference is mostly rounded away (100 steps at m = 0.9995 move it by a
-fiftieth of what they should), hence float32 always. lightly's update_momentum leaves buffers and the state aside.
+files. It is whole on every rank, and so must the student be while it is followed: under ZeRO 3, which shards the
+student's parameters, `update` runs inside of `Engine.gather(students)`. Each rank averages for itself and all have the
+same teacher to the bit. In bfloat16 a step of (1 - m) of the difference is mostly rounded away (100 steps at m = 0.9995
+move it by a fiftieth of what they should), hence float32 always. lightly's update_momentum leaves buffers and the state
+aside.
 """
 
 import copy
@@ -55,6 +57,11 @@ class EmaTeacher:
         teacher = copy.deepcopy(student).float().requires_grad_(False).eval()
         self._pairs[name] = (student, teacher)
         return teacher
+
+    @property
+    def students(self) -> list[nn.Module]:
+        """The modules whose weights `update` reads."""
+        return [student for student, _ in self._pairs.values()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

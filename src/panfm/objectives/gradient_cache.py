@@ -36,7 +36,7 @@ class CachedGradients:
 
     output: ObjectiveOutput  # of all micro batches joined, without gradient
     embeddings: Tensor  # gradient by the embeddings [V, B, D] of this micro batch
-    parameters: tuple[Tensor | None, ...]  # gradient by each parameter of the objective (a temperature)
+    parameters: dict[str, Tensor]  # gradient by those of the objective's parameters that compare (a temperature)
     num_micro_batches: int
 
     def replay(self, objective: nn.Module, embeddings: Tensor) -> ObjectiveOutput:
@@ -45,9 +45,12 @@ class CachedGradients:
         The engine averages the losses of micro batches, hence the factor; each gives its share by the parameters.
         """
         pull = self.num_micro_batches * (embeddings * self.embeddings).sum()
-        for parameter, gradient in zip(objective.parameters(), self.parameters, strict=True):
-            if gradient is not None:
-                pull = pull + (parameter * gradient).sum()
+        for name, gradient in self.parameters.items():
+            parameter = objective.get_parameter(
+                name
+            )  # by its name: so ZeRO 3 sees that it is used here, and gathers it
+            assert parameter.shape == gradient.shape, f"{name}: {parameter.shape}"  # an empty one would broadcast
+            pull = pull + (parameter * gradient).sum()
         return ObjectiveOutput(self.output.loss + (pull - pull.detach()), self.output.metrics)
 
 
@@ -57,12 +60,11 @@ def cache_gradients(
     """Compare the embeddings [V, B, D] of all micro batches (in order) of this rank and of all others; step 2 above."""
     assert isinstance(objective, Comparing)
     leaf = torch.cat(list(embeddings), dim=1).requires_grad_()
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     output = objective.compare(leaf, _join(batches))
     # Not backward(): the engine counts on its own passes to fill the parameters' gradients.
-    gradient, *rest = torch.autograd.grad(output.loss, [leaf, *parameters], allow_unused=True)
-    found = dict(zip(map(id, parameters), rest, strict=True))
-    by_parameter = tuple(found.get(id(parameter)) for parameter in objective.parameters())
+    gradient, *rest = torch.autograd.grad(output.loss, [leaf, *parameters.values()], allow_unused=True)
+    by_parameter = {name: found for name, found in zip(parameters, rest, strict=True) if found is not None}
     joined = ObjectiveOutput(output.loss.detach(), output.metrics)
     parts = gradient.split([len(batch.positions) for batch in batches], dim=1)
     return [CachedGradients(joined, part, by_parameter, len(batches)) for part in parts]

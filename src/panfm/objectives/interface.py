@@ -56,9 +56,8 @@ class Mean:
 Metric: TypeAlias = Tensor | Mean
 
 
-@dataclass(frozen=True)
-class ObjectiveOutput:
-    """What an objective returns, and the model as a whole."""
+class ObjectiveOutput(NamedTuple):
+    """What an objective returns, and the model as a whole. A tuple: DeepSpeed must find the loss in it (ZeRO 3)."""
 
     loss: Tensor  # scalar, at least float32
     metrics: Mapping[str, Metric]  # scalars without gradient; the same names in every step

@@ -20,7 +20,7 @@ from panfm.data.batch import Batch
 from panfm.data.masking import MaskConfig
 from panfm.models.heads import Decoder, Regressor, TokenHead
 from panfm.models.vit import TokenSplit, take_tokens
-from panfm.objectives.interface import EncodedView, ObjectiveOutput, ViewKey, compute_modality_losses
+from panfm.objectives.interface import EncodedView, Metric, ObjectiveOutput, ViewKey, compute_modality_losses
 from panfm.objectives.targets import (
     EmaTargets,
     EmaTeacherConfig,
@@ -118,6 +118,9 @@ class MaskedLatents(nn.Module):
 
     CLS is aligned with the teacher's CLS or, where it has none (a CNN), with the mean of its map, and counts as one
     token. A student without CLS aligns its patches only.
+
+    feature_head, feature_weight: of a further term, feature_weight * mean(1 - cos(prediction, pooled feature)), whose
+    prediction is made of the mean of the visible patches (`FrozenTeacherConfig.feature_weight`).
     """
 
     def __init__(
@@ -129,6 +132,8 @@ class MaskedLatents(nn.Module):
         has_cls: bool,
         tokens: Literal["hidden", "all"] = "all",
         loss: Literal["cosine", "smooth_l1"] = "cosine",
+        feature_head: TokenHead | None = None,
+        feature_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.regressor = regressor
@@ -138,6 +143,8 @@ class MaskedLatents(nn.Module):
         self.has_cls = has_cls
         self.tokens = tokens
         self.loss = loss
+        self.feature_head = feature_head
+        self.feature_weight = feature_weight
 
     def forward(self, views: tuple[EncodedView, ...], batch: Batch) -> ObjectiveOutput:
         """The views of `view_keys` -> loss, and the mean cosine of whole image, visible and hidden tokens.
@@ -163,8 +170,13 @@ class MaskedLatents(nn.Module):
                 cosines = F.cosine_similarity(predictions.detach(), expected, dim=-1)
                 errors = F.smooth_l1_loss(predictions, expected, reduction="none").mean(dim=-1)
             losses = errors.sum(dim=1) / max(1, errors.shape[1])  # [B]; every image has the same number of tokens
+            metrics: dict[str, Metric] = self._describe(cosines.detach(), split)
+            if self.feature_head is not None:
+                similarity = self._compare_features(view, targets)  # [B]
+                losses = losses + self.feature_weight * (1 - similarity)
+                metrics["cosine_feature"] = similarity.detach().mean()
             loss = losses.mean()
-        metrics = {"loss": loss.detach(), **self._describe(cosines.detach(), split)}
+        metrics = {"loss": loss.detach(), **metrics}
         if isinstance(self.targets, EmaTargets):  # about 1; towards 0 all places of all images look alike to it
             metrics["target_std"] = targets.patches.flatten(0, 1).std(dim=0, correction=0).mean()
         return ObjectiveOutput(loss, {**metrics, **compute_modality_losses(losses, batch.modalities)})
@@ -176,7 +188,13 @@ class MaskedLatents(nn.Module):
         patches = take_tokens(targets.patches, torch.cat([split.visible, split.hidden], dim=1))
         return torch.cat([targets.whole.unsqueeze(1), patches], dim=1) if self.has_cls else patches
 
-    def _describe(self, cosines: Tensor, split: TokenSplit) -> dict[str, Tensor]:
+    def _compare_features(self, view: EncodedView, targets: TeacherTargets) -> Tensor:
+        """Cosine [B] of the feature that is predicted from the mean of the visible patches and the teacher's."""
+        assert self.feature_head is not None and targets.feature is not None
+        feature = widen(view.tokens[:, view.num_prefix :]).mean(dim=1, keepdim=True)  # [B, 1, D]
+        return F.cosine_similarity(self.feature_head(feature)[:, 0], targets.feature, dim=-1)
+
+    def _describe(self, cosines: Tensor, split: TokenSplit) -> dict[str, Metric]:
         """Mean cosine by kind of token; a kind that the config leaves without tokens has no entry."""
         sizes = [int(self.has_cls), split.visible.shape[1], split.hidden.shape[1]]
         if self.tokens == "hidden":

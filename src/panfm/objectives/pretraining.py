@@ -203,12 +203,15 @@ class PretrainingModel(nn.Module):
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
 
-    def copy_text_state(self) -> dict[str, Tensor]:
-        """The state of the first image_text objective as CPU copies, for exports; {} without one."""
-        for objective in self.objectives.values():
-            if isinstance(objective, ImageText):
-                return {name: tensor.detach().cpu().clone() for name, tensor in objective.state_dict().items()}
-        return {}
+    @property
+    def followed(self) -> list[nn.Module]:
+        """The parts whose weights `after_step` reads; under ZeRO 3 they must be whole then."""
+        return [] if self.teacher is None else self.teacher.students
+
+    @property
+    def text_objective(self) -> nn.Module | None:
+        """The first image_text objective, whose state exports hold beside the encoder; None without one."""
+        return next((objective for objective in self.objectives.values() if isinstance(objective, ImageText)), None)
 
     def _get_extra_state(self) -> dict[str, Tensor]:
         averages = {} if self.teacher is None else self.teacher.get_state()
@@ -397,9 +400,16 @@ def _build_masked_image(
     teacher = teachers[target.address]
     with torch.inference_mode():
         probe = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=getattr(teacher, "device", "cpu"))
-        output_dim = teacher.forward_tokens(probe).shape[-1]  # a CNN's map is often narrower than its features
-    frozen = FrozenTargets(teacher, grid, target.normalise)
-    return MaskedLatents(regressor, TokenHead(width, output_dim), frozen, has_cls=has_cls)
+        tokens, feature = teacher.forward_tokens_and_feature(probe)  # a CNN's map is often narrower than its feature
+    with_feature = target.feature_weight > 0
+    return MaskedLatents(
+        regressor,
+        TokenHead(width, tokens.shape[-1]),
+        FrozenTargets(teacher, grid, target.normalise, with_feature),
+        has_cls=has_cls,
+        feature_head=TokenHead(input_dim, feature.shape[-1]) if with_feature else None,
+        feature_weight=target.feature_weight,
+    )
 
 
 def _name_objective(config: ObjectiveConfig, taken: Mapping[str, nn.Module]) -> str:

@@ -45,6 +45,10 @@ class FrozenTeacherConfig:
     normalise: Literal["none", "layer_norm"] = "layer_norm"
     """layer_norm: standardise each token over its dimensions, without weights, so that a mean common to all dimensions
     (as in a feature map after ReLU) cannot make every target look alike to the cosine. none: as published."""
+    feature_weight: float = Field(default=0.0, ge=0.0)
+    """Factor of a further term: the mean of the encoder's visible patches, which is the feature that evaluation reads,
+    predicts the teacher's own pooled feature through a head of its own. It brings in what the teacher knows of the
+    whole image, which a CNN's map of stride 16 lacks. 0: as published."""
 
 
 @config_class
@@ -70,6 +74,9 @@ class Teacher(Protocol):
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Map images uint8 [B, 3, S, S] to [B, rows * columns, D] by rows; prefix tokens may come before, CLS first."""
 
+    def forward_tokens_and_feature(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the pooled feature [B, F] of the same images."""
+
     def token_grid(self, image_size: int) -> tuple[int, int]:
         """Rows and columns of the tokens that an image of `image_size` pixels a side gets."""
 
@@ -80,6 +87,7 @@ class TeacherTargets:
 
     whole: Tensor  # [B, D]: the teacher's CLS token, or the mean of its map where it has none
     patches: Tensor  # [B, N, D]
+    feature: Tensor | None = None  # [B, F]: the teacher's pooled feature, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -89,11 +97,14 @@ class FrozenTargets:
     teacher: Teacher
     grid: tuple[int, int]  # rows and columns of the student
     normalise: Literal["none", "layer_norm"]
+    with_feature: bool = False
     view_keys = (ViewKey(view=0, masked=True),)
 
     def compute(self, views: tuple[EncodedView, ...]) -> TeacherTargets:
         """Views as `view_keys` name them -> targets."""
-        return compute_teacher_targets(self.teacher, views[0].images, self.grid, self.normalise)
+        return compute_teacher_targets(
+            self.teacher, views[0].images, self.grid, self.normalise, with_feature=self.with_feature
+        )
 
 
 @dataclass(frozen=True)
@@ -139,14 +150,23 @@ def compute_pixel_targets(
 
 
 def compute_teacher_targets(
-    teacher: Teacher, images: Tensor, grid: tuple[int, int], normalise: Literal["none", "layer_norm"]
+    teacher: Teacher,
+    images: Tensor,
+    grid: tuple[int, int],
+    normalise: Literal["none", "layer_norm"],
+    *,
+    with_feature: bool = False,
 ) -> TeacherTargets:
     """Run the teacher on images uint8 [B, 3, S, S] and bring its tokens to the student's grid (rows, columns).
 
     A teacher of another grid is resampled bilinearly (antialiased where it is the finer one).
     """
+    feature = None
     with torch.inference_mode():
-        tokens = teacher.forward_tokens(images)
+        if with_feature:
+            tokens, feature = teacher.forward_tokens_and_feature(images)
+        else:
+            tokens = teacher.forward_tokens(images)
     rows, columns = teacher.token_grid(images.shape[2])
     num_prefix = tokens.shape[1] - rows * columns
     assert num_prefix >= 0, f"the teacher gave {tokens.shape[1]} tokens for a grid of {rows} x {columns}"
@@ -158,9 +178,13 @@ def compute_teacher_targets(
         squares = F.interpolate(squares, size=grid, mode="bilinear", antialias=True)
         patches = squares.flatten(2).transpose(1, 2)
     if normalise == "layer_norm":
-        width = (tokens.shape[-1],)
-        whole, patches = F.layer_norm(whole, width, eps=NORM_EPS), F.layer_norm(patches, width, eps=NORM_EPS)
-    return TeacherTargets(whole=whole, patches=patches)
+        whole, patches = _standardise(whole), _standardise(patches)
+        feature = None if feature is None else _standardise(widen(feature))
+    return TeacherTargets(whole=whole, patches=patches, feature=None if feature is None else widen(feature))
+
+
+def _standardise(tokens: Tensor) -> Tensor:
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
 
 
 def widen(tensor: Tensor) -> Tensor:

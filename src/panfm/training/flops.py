@@ -1,6 +1,7 @@
 """What a run costs before it is started: floating-point operations of a sample, and the hours that follow from them.
 
     PretrainConfig  ->  its model without values, a batch of blank images with real masks  ->  RunCost
+                    ->  the same, under the precision of the run                           ->  RunMemory
     RunCost, devices, their peak, an assumed share of it                                   ->  compute_hours
 
 The model is the one that would be trained, teachers included, run forward and backward on shapes alone
@@ -24,6 +25,7 @@ from panfm.models.flops import count_flops
 from panfm.models.vit import build_vit, get_patch_grid
 from panfm.objectives.image_text import ImageTextConfig
 from panfm.objectives.pretraining import (
+    PretrainingModel,
     RunLength,
     build_pretraining_model,
     get_mask_config,
@@ -31,6 +33,7 @@ from panfm.objectives.pretraining import (
     get_tokenizer_config,
 )
 from panfm.optim import compute_num_steps
+from panfm.training.memory import SavedTensors
 from panfm.training.plan import PretrainConfig
 
 # In the blank batch. In a larger one, losses that compare images cost more and what is done once a batch costs less:
@@ -59,6 +62,46 @@ def compute_run_cost(config: PretrainConfig) -> RunCost:
     Blocks that gradient checkpointing computes again count again. Teachers need no weights at hand, only their
     architecture: for `panfm:` and `hf:` addresses that is their folder.
     """
+    model, _ = _build_blank(config)
+    num_encoder, num_all = (sum(p.numel() for p in module.parameters()) for module in (model.encoder, model))
+    batch = _make_batch(config, get_patch_grid(model.encoder))
+    flops = count_flops(lambda: model(batch).loss.backward())  # noqa: PLW0108  the forward is to be counted too
+    return RunCost(num_encoder, num_all - num_encoder, flops / NUM_IMAGES, config.schedule.total_samples)
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """What a rank holds besides parameters, gradients and optimizer; bytes."""
+
+    activations: float  # that autograd keeps of one micro batch
+    teachers: int  # frozen ones and averages, whole on every rank
+
+
+def compute_run_memory(config: PretrainConfig) -> RunMemory:
+    """Watch what autograd keeps of two small batches; the line through them is that of a micro batch."""
+    model, teachers = _build_blank(config)
+    peaks = []
+    for num_images in (NUM_IMAGES // 2, NUM_IMAGES):
+        batch = _make_batch(config, get_patch_grid(model.encoder), num_images)
+        watched = SavedTensors(model)
+
+        def run(batch: Batch = batch, watched: SavedTensors = watched) -> None:
+            enabled = config.engine.precision != "fp32"
+            with watched, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = model(batch).loss
+            loss.backward()
+
+        count_flops(run)
+        peaks.append(watched.peak)
+    slope = (peaks[1] - peaks[0]) / (NUM_IMAGES - NUM_IMAGES // 2)
+    frozen = sum(p.nbytes for teacher in teachers for p in teacher.network.parameters())
+    averages = [] if model.teacher is None else list(model.teacher.get_state().values())
+    activations = peaks[1] + slope * (config.engine.micro_batch_size - NUM_IMAGES)
+    return RunMemory(activations, frozen + sum(tensor.nbytes for tensor in averages))
+
+
+def _build_blank(config: PretrainConfig) -> "tuple[PretrainingModel, list[_BlankTeacher]]":
+    """The model that would be trained and its frozen teachers, on the CPU, in memory that nobody filled."""
     size = config.encoder.image_size
     teachers = {address: _BlankTeacher(address, size) for address in get_teacher_addresses(config.objectives)}
     batch_size = config.engine.global_batch_size
@@ -80,11 +123,7 @@ def compute_run_cost(config: PretrainConfig) -> RunCost:
             local_views=range(config.augment.views, config.augment.num_views),
             length=RunLength(compute_num_steps(config.schedule, batch_size), batch_size),
         )
-    num_encoder, num_all = (sum(p.numel() for p in module.parameters()) for module in (model.encoder, model))
-    model.to_empty(device="cpu")
-    batch = _make_batch(config, get_patch_grid(vit))
-    flops = count_flops(lambda: model(batch).loss.backward())  # noqa: PLW0108  the forward is to be counted too
-    return RunCost(num_encoder, num_all - num_encoder, flops / NUM_IMAGES, config.schedule.total_samples)
+    return model.to_empty(device="cpu"), list(teachers.values())
 
 
 def compute_hours(total_flops: float, *, num_devices: int, peak_flops: float, utilisation: float) -> float:
@@ -93,7 +132,7 @@ def compute_hours(total_flops: float, *, num_devices: int, peak_flops: float, ut
 
 
 class _BlankTeacher:
-    """A frozen teacher's network without its weights: what `Encoder.forward_tokens` does, on blank images."""
+    """A frozen teacher's network without its weights: what `Encoder` does as a teacher, on blank images."""
 
     device = torch.device("meta")  # of the images by which the model that is built asks for its width
 
@@ -107,9 +146,9 @@ class _BlankTeacher:
         self.network.eval().requires_grad_(False)
         has_fixed_size = self.network.is_token_model or address.image_size is not None
         self.size = parts.transform.image_size if has_fixed_size else image_size
-        shapes: list[torch.Size] = []
-        count_flops(lambda: shapes.append(self.forward_tokens(torch.zeros(1, 3, 1, 1)).shape))
-        self.shape = shapes[0][1:]  # of the tokens of an image
+        outputs: list[Tensor] = []
+        count_flops(lambda: outputs.extend(self.forward_tokens_and_feature(torch.zeros(1, 3, 1, 1))))
+        self.shape, self.feature_shape = (output.shape[1:] for output in outputs)  # of an image
         side = math.isqrt(self.shape[0] - int(self.network.has_cls))
         self.grid = (side, side)
 
@@ -120,12 +159,19 @@ class _BlankTeacher:
         with torch.no_grad():
             return self.network.forward_tokens(torch.zeros(len(images), 3, self.size, self.size))
 
+    def forward_tokens_and_feature(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, S, S] -> the same, and [B, F]."""
+        if images.is_meta:
+            return self.forward_tokens(images), torch.empty(len(images), *self.feature_shape, device="meta")
+        with torch.no_grad():
+            return self.network.forward_tokens_and_feature(torch.zeros(len(images), 3, self.size, self.size))
+
     def token_grid(self, image_size: int) -> tuple[int, int]:
         """Rows and columns of the tokens of an image of the run's size."""
         return self.grid
 
 
-def _make_batch(config: PretrainConfig, grid: tuple[int, int]) -> Batch:
+def _make_batch(config: PretrainConfig, grid: tuple[int, int], num_images: int = NUM_IMAGES) -> Batch:
     """Blank images of unknown groups, with masks as the loader draws them."""
     augment, mask = config.augment, get_mask_config(config.objectives)
     tokenizer = get_tokenizer_config(config.objectives)
@@ -133,19 +179,19 @@ def _make_batch(config: PretrainConfig, grid: tuple[int, int]) -> Batch:
     rng = np.random.default_rng(0)
     masks = None
     if mask is not None:
-        drawn = [[sample_mask(mask, grid, rng) for _ in range(NUM_IMAGES)] for _ in range(augment.views)]
+        drawn = [[sample_mask(mask, grid, rng) for _ in range(num_images)] for _ in range(augment.views)]
         masks = torch.from_numpy(np.array(drawn))
-    unknown = torch.full((NUM_IMAGES,), NO_GROUP)
+    unknown = torch.full((num_images,), NO_GROUP)
     return Batch(
-        views=tuple(torch.zeros(NUM_IMAGES, 3, size, size, dtype=torch.uint8) for size in sizes),
+        views=tuple(torch.zeros(num_images, 3, size, size, dtype=torch.uint8) for size in sizes),
         masks=masks,
-        positions=torch.arange(NUM_IMAGES),
-        modalities=torch.zeros(NUM_IMAGES, dtype=torch.int64),
-        sources=torch.zeros(NUM_IMAGES, dtype=torch.int64),
+        positions=torch.arange(num_images),
+        modalities=torch.zeros(num_images, dtype=torch.int64),
+        sources=torch.zeros(num_images, dtype=torch.int64),
         lesions=unknown,
         patients=unknown,
         visits=unknown,
         # Every image with a caption of full length: what a run on captioned images costs at most.
-        captions=None if tokenizer is None else torch.arange(NUM_IMAGES),
-        texts=None if tokenizer is None else torch.ones(NUM_IMAGES, tokenizer.context_length, dtype=torch.int64),
+        captions=None if tokenizer is None else torch.arange(num_images),
+        texts=None if tokenizer is None else torch.ones(num_images, tokenizer.context_length, dtype=torch.int64),
     )
