@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass
 class Times:
-    """What one step took; loop: from the end of a step to the request for the next data."""
+    """What one step took; loop: from its data to its beginning, and from its end to the request for the next data."""
 
     wait: float = 0.0  # seconds of the clock
     step: float = 0.0  # seconds of the clock
@@ -64,6 +64,7 @@ class Watch:
     """Collects the times of all steps."""
 
     steps: list[Times] = field(default_factory=list)
+    got: float = 0.0  # thread time at which the last data came
     ended: float | None = None  # thread time at which the last step ended
     workers: list[float] = field(default_factory=list)  # processor seconds of all loader processes after each step
 
@@ -83,6 +84,7 @@ def watch_run(watch: Watch) -> None:
 
     def timed_step(self: Engine, *args: Any, **kwargs: Any) -> Any:
         times = watch.steps[-1]
+        times.loop_thread += time.thread_time() - watch.got
         began, thread = time.perf_counter(), time.thread_time()
         output = step(self, *args, **kwargs)
         times.step, times.step_thread = time.perf_counter() - began, time.thread_time() - thread
@@ -96,11 +98,12 @@ def watch_run(watch: Watch) -> None:
         def ask() -> Iterator[tuple[Batch, ...]]:
             while True:
                 if watch.ended is not None:
-                    watch.steps[-1].loop_thread = time.thread_time() - watch.ended
+                    watch.steps[-1].loop_thread += time.thread_time() - watch.ended
                 watch.steps.append(Times())
                 began = time.perf_counter()
                 batch = next(batches)
                 watch.steps[-1].wait = time.perf_counter() - began
+                watch.got = time.thread_time()
                 yield batch
 
         return ask()
@@ -135,7 +138,7 @@ def measure(batch_size: int, num_steps: int) -> list[Row]:
     watch = Watch()
     watch_run(watch)
     with tempfile.TemporaryDirectory() as folder:
-        archive = ARCHIVES[0]
+        archive = replace(ARCHIVES[0], num_distinct=8, num_samples=128)  # a step's time does not depend on how many
         draw_archive(Path(folder) / "archive", archive)
         shards = build_set(Path(folder) / "archive", archive.num_samples)
         pretrain(make_config(shards, batch_size, num_steps), out=Path(folder) / "run", excluded=Exclusion())
@@ -179,7 +182,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller batches and fewer steps, within a minute")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
-    rows = measure(16, 14) if arguments.quick else measure(32, 40)
+    rows = measure(8, 12) if arguments.quick else measure(32, 40)
     print(f"{'':<42}  {'ratio':>7}  {'panfm':>9}  {'goal':>9}")
     for row in rows:
         print(f"{row.name:<42}  {row.ratio:>7.2f}  {row.ours:>9.4f}  {row.peer:>9.4f}  {row.unit}")

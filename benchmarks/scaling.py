@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pretrain_step import QUICK, build_ours, draw_batch
+from pretrain_step import QUICK as STEP_SETTINGS
+from pretrain_step import Setting, build_ours, draw_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,8 +37,8 @@ from panfm.training.doctor_ranks import measure_all_reduce
 from panfm.training.engine import Engine, EngineConfig
 from panfm.training.scaling import compute_volume
 
-BATCH_SIZE = 4  # a rank
-SETTING = replace(QUICK[0], batch_size=BATCH_SIZE)  # ViT-Small, 224 px, one decoder block
+SETTING = replace(STEP_SETTINGS[0], batch_size=4, rounds=7)  # images a rank
+QUICK = Setting("vit_tiny_patch16_224", 64, 2, 1, (), rounds=3)
 STAGES = (0, 1, 2, 3)
 SIZES = (1, 2, 3)
 
@@ -89,7 +90,7 @@ def count_bytes(value: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
-def work(rank: int, world_size: int, port: int, rounds: int) -> dict[int, Seen]:
+def work(rank: int, world_size: int, port: int, setting: Setting) -> dict[int, Seen]:
     """One rank: every stage in turn."""
     os.environ |= {
         "RANK": str(rank),
@@ -105,23 +106,23 @@ def work(rank: int, world_size: int, port: int, rounds: int) -> dict[int, Seen]:
     for stage in STAGES if world_size > 1 else (0,):
         os.environ["MASTER_PORT"] = str(port + stage)  # the engine ends its group; the next stage meets anew
         with process_group(device):
-            model = build_ours(SETTING)
+            model = build_ours(setting)
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
-            reduced = None if world_size == 1 else measure_all_reduce(device, 4 * num_parameters, rounds)
+            reduced = None if world_size == 1 else measure_all_reduce(device, 4 * num_parameters, setting.rounds)
             config = EngineConfig(
-                global_batch_size=BATCH_SIZE * world_size,
-                micro_batch_size=BATCH_SIZE,
+                global_batch_size=setting.batch_size * world_size,
+                micro_batch_size=setting.batch_size,
                 num_threads=1,
                 zero_stage=stage,
                 precision="fp32",
             )
             engine = Engine(model, model.encoder, config, OptimConfig(), {})
-            batch = draw_batch(SETTING)
+            batch = draw_batch(setting)
             engine.step([batch], step=0, lr=1e-4)
             with CountBytes() as counted:
                 engine.step([batch], step=1, lr=1e-4)
             seconds = []
-            for step in range(2, 2 + rounds):
+            for step in range(2, 2 + setting.rounds):
                 began = time.perf_counter()
                 engine.step([batch], step=step, lr=1e-4)
                 seconds.append(time.perf_counter() - began)
@@ -131,27 +132,30 @@ def work(rank: int, world_size: int, port: int, rounds: int) -> dict[int, Seen]:
     return seen
 
 
-def run(world_size: int, rounds: int) -> dict[int, Seen]:
+def run(world_size: int, setting: Setting) -> dict[int, Seen]:
     """Start the ranks; what rank 0 saw."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(world_size, mp_context=context) as pool:
-        calls = [pool.submit(work, rank, world_size, port, rounds) for rank in range(world_size)]
+        calls = [pool.submit(work, rank, world_size, port, setting) for rank in range(world_size)]
         first, *_ = [call.result(timeout=600) for call in calls]
     return first
 
 
-def compare(rounds: int) -> list[Row]:
+def compare(setting: Setting) -> list[Row]:
     """Measure all sizes, and put what the model says beside it."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rows = []
-    alone = run(1, rounds)[0]
-    print(f"1 rank: {alone.num_parameters / 1e6:.1f} M parameters, {alone.seconds:.2f} s a step", flush=True)
+    alone = run(1, setting)[0]
+    print(
+        f"{setting.name}, 1 rank: {alone.num_parameters / 1e6:.1f} M parameters, {alone.seconds:.2f} s a step",
+        flush=True,
+    )
     for world_size in SIZES[1:]:
         stretch = max(1.0, world_size / num_cores)
-        for stage, seen in run(world_size, rounds).items():
+        for stage, seen in run(world_size, setting).items():
             volume = compute_volume(seen.num_parameters, stage, world_size)
             predicted = alone.seconds * stretch + volume / seen.bandwidth
             name = f"{world_size} ranks, ZeRO {stage}"
@@ -164,10 +168,10 @@ def compare(rounds: int) -> list[Row]:
 def main() -> None:
     """Measure, print one table, write it as JSON where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, within a minute")
+    parser.add_argument("--quick", action="store_true", help="a ViT-Tiny at 64 px, within a minute")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
-    rows = compare(2 if arguments.quick else 7)
+    rows = compare(QUICK if arguments.quick else SETTING)
     print(f"{'':<26}  {'ratio':>6}  {'model':>9}  {'seen':>9}")
     for row in rows:
         print(f"{row.name:<26}  {row.ratio:>6.2f}  {row.ours:>9.3f}  {row.peer:>9.3f}  {row.unit}")

@@ -11,6 +11,7 @@ from panfm.tracking import (
     append_metrics,
     compute_running_mean,
     compute_ticks,
+    describe_record,
     draw_curve,
     read_metrics,
     trim_metrics,
@@ -23,6 +24,14 @@ def test_metrics_are_json_lines_with_null_for_what_is_not_finite(tmp_path: Path)
     append_metrics(path, {"step": 1, "loss": 0.5, "grad_norm": float("nan")})
     append_metrics(path, {"step": 2, "loss": float("inf")})
     assert path.read_text() == '{"step": 1, "loss": 0.5, "grad_norm": null}\n{"step": 2, "loss": null}\n'
+
+
+def test_a_record_is_shown_with_a_dash_for_what_is_not_known() -> None:
+    shown = describe_record(
+        {"loss": 0.5, "lr": 1e-3, "images_per_second": 12.34, "mfu": None, "data_wait_share": 0.021}
+    )
+    assert (shown["loss"], shown["lr"], shown["images/s"]) == ("0.5000", "1.00e-03", "12.3")
+    assert (shown["MFU"], shown["data wait"], shown["memory"]) == ("-", "2.1%", "-")
 
 
 def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_refused(tmp_path: Path) -> None:

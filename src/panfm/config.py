@@ -120,7 +120,8 @@ def _describe(kind: type, error: ValidationError) -> str:
     if fault["type"] in ("missing", "missing_argument"):
         return f"{key} is missing; it has no default, so it must be set{more}"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{key or 'value'} ({fault['input']!r}): {message}{more}"
+    # A rule over several fields has no key: its input is the whole document, and its message names what it is about.
+    return f"{key} ({fault['input']!r}): {message}{more}" if key else f"{message}{more}"
 
 
 def _known_keys(kind: Any, location: tuple[int | str, ...]) -> list[str]:

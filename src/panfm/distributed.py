@@ -20,7 +20,9 @@ from torch import Tensor
 from panfm.errors import UserError
 
 Value = TypeVar("Value")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than any checkpoint write that the other ranks wait for
+# Longer than any checkpoint write that the other ranks wait for, and than what monitor.hang_seconds allows at most:
+# whoever hangs is reported by the watchdog, with its stacks, before the others give up on it.
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 
 
 def is_initialised() -> bool:
@@ -89,6 +91,11 @@ def teardown() -> None:
     """Leave the process group, if there is one."""
     if is_initialised():
         dist.destroy_process_group()
+
+
+def is_lost_contact(error: Exception) -> bool:
+    """Whether a collective failed because another rank ended, is out of reach or kept it waiting too long."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)  # gloo's are plain RuntimeErrors
 
 
 @contextmanager

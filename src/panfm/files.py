@@ -20,6 +20,16 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGED_RESOURCES = Path(__file__).resolve().parent / "resources"
 
 
+def _read_umask() -> int:
+    """The umask can only be read by setting it, which is no thing to do while other threads make files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _read_umask()
+
+
 @contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; on success it is fsynced and renamed to `path`.
@@ -34,7 +44,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101  mkstemp's 0600 would hide results from colleagues
+        os.chmod(temporary, 0o666 & ~UMASK)  # noqa: PTH101  mkstemp's 0600 would hide results from colleagues
         os.replace(temporary, path)  # noqa: PTH105
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -124,9 +134,3 @@ def list_resources(folder: str, suffix: str = ".yaml") -> dict[str, Path]:
         for path in sorted((root / folder).glob(f"*{suffix}")):
             found[path.stem] = path
     return dict(sorted(found.items()))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -40,6 +40,9 @@ class TrackingConfig:
     """wandb project."""
     name: str | None = None
     """wandb run name; by default the name of the run folder."""
+    co2_g_per_kwh: float | None = Field(default=473.0, ge=0)
+    """Grams of CO2 a kilowatt-hour, for co2_kg in metrics.jsonl: set your grid's, cooling included if you know it. The
+    default is the world's mean of 2024 (Ember, Global Electricity Review 2025); null: no co2_kg."""
 
 
 def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
@@ -47,6 +50,21 @@ def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
     clean = {key: _finite_or_none(value) for key, value in record.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(clean, allow_nan=False) + "\n")
+
+
+def describe_record(record: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of a record that a live view shows, name -> text; "-" for what is not known."""
+    formats = {
+        "loss": ("loss", "{:.4f}"),
+        "lr": ("lr", "{:.2e}"),
+        "images_per_second": ("images/s", "{:.1f}"),
+        "data_wait_share": ("data wait", "{:.1%}"),
+        "mfu": ("MFU", "{:.1%}"),
+        "memory_gib": ("memory", "{:.1f} GiB"),
+        "energy_kwh": ("energy", "{:.3g} kWh"),
+    }
+    values = {name: (record.get(key), text) for key, (name, text) in formats.items()}
+    return {name: "-" if value is None else text.format(value) for name, (value, text) in values.items()}
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -1,13 +1,22 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import yaml
 
 from panfm.errors import UserError
-from panfm.evaluation.tasks import TaskCard, list_tasks, load_task, select_rows
-from panfm.shards.index import ShardSet
+from panfm.evaluation.families import Family, list_metrics
+from panfm.evaluation.splits import find_split_file, load_split, read_split_table, write_split
+from panfm.evaluation.task_check import find_card_faults, find_source_card
+from panfm.evaluation.task_rows import select_rows
+from panfm.evaluation.tasks import RuleSplit, TaskCard, list_tasks, load_task
+from panfm.shards.cards import load_card
+from panfm.shards.index import ShardSet, open_shard_set
+from panfm.shards.writer import BuildOptions, build_shards
+from tests.shards.official_layouts import LAYOUTS
+from tests.shards.official_layouts_b import PUBLIC
 
 MakeTask = Callable[..., TaskCard]
 
@@ -99,20 +108,98 @@ def test_cards_are_found_by_name_path_and_task_dir(tmp_path: Path, make_task: Ma
         load_task("other", tmp_path)
 
 
-def test_every_shipped_card_is_valid_and_has_its_split() -> None:
-    from panfm.evaluation.splits import find_split_file, read_split_table
-    from panfm.shards.cards import load_card
+CARDS = {name: load_task(name) for name in list_tasks()}
+PANDERM = [  # the 28 benchmarks in the order of the paper; the 22nd is two tasks
+    "ham10000_diagnosis", "bcn20000_diagnosis", "mskcc_malignancy", "hiba_malignancy", "derm7pt_melanoma_dermoscopic",
+    "derm7pt_melanoma_clinical", "pad_ufes20_diagnosis", "ddi_melanoma", "isic2024_malignancy", "ph2_melanoma",
+    "med_node_melanoma", "dermnet_diagnosis", "fitzpatrick17k_condition", "mmt09_diagnosis", "mmt74_diagnosis",
+    "sd128_diagnosis", "patch16_tissue", "cptac_cm_tumour", "sddi_alfred_melanoma", "sddi1_change", "sddi2_change",
+    "combinemel_metastasis", "combinemel_recurrence", "isic2018_lesion", "ham10000_lesion", "tbp_photodamage",
+    "tbp_nevus", "tbp_lesion_risk", "tbp_malignancy",
+]  # fmt: skip
+PRIVATE = {
+    "mmt09_diagnosis", "mmt74_diagnosis", "sddi2_change", "combinemel_metastasis", "combinemel_recurrence",
+    "tbp_photodamage", "tbp_nevus", "tbp_lesion_risk", "tbp_malignancy",
+}  # fmt: skip
 
-    for name in list_tasks():
-        card = load_task(name)
-        source = load_card(card.source)
-        assert card.label in source.labels
-        assert card.synthetic == source.synthetic
-        if card.split.kind == "committed":
-            table = read_split_table(find_split_file(name))
-            assert set(table.column("source").to_pylist()) == {card.source}
-            assert set(table.column("label").to_pylist()) == set(card.classes)
-            folds = dict.fromkeys(table.column("group").to_pylist(), "")
-            for group, fold in zip(table.column("group").to_pylist(), table.column("fold").to_pylist(), strict=True):
-                assert folds[group] in ("", fold)
-                folds[group] = fold
+
+@pytest.mark.parametrize("name", CARDS)
+def test_every_shipped_card_fits_its_source_and_one_screen(name: str) -> None:
+    card, lines = CARDS[name], list_tasks()[name].read_text().splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 120 and lines[0].startswith("# ")
+    assert set(card.metrics) <= set(list_metrics(card.family)) and card.licence and card.citation
+    source = find_source_card(card)
+    if source is None:
+        assert card.needs is not None and f"source card {card.source}" in card.needs
+        return
+    assert card.access == source.access
+    faults = find_card_faults(card, source)
+    # What a card says that it needs must be lacking, and what is lacking must be said.
+    assert bool(faults) == (card.needs is not None), faults
+    if card.needs is not None:
+        assert card.label is not None and card.label in card.needs
+
+
+def test_all_benchmarks_have_a_card_and_the_private_ones_say_so() -> None:
+    assert len(PANDERM) == 29 and set(PANDERM) <= set(CARDS)
+    assert {name for name, card in CARDS.items() if card.access == "private"} == PRIVATE
+    others = {"isic2019_diagnosis", "isic2020_malignancy", "sd198_diagnosis", "dermis_melanoma", "isic2018_attributes"}
+    assert others <= set(CARDS)
+    families = {card.family for card in CARDS.values() if card.synthetic}
+    assert families == set(get_args(Family)) - {"ordinal"}  # nothing that is drawn has grades
+    # One rule for all real sources: two that share patients put a patient on the same side.
+    rules = {(card.split, card.synthetic) for card in CARDS.values() if isinstance(card.split, RuleSplit)}
+    assert {(rule.seed, rule.test_share, synthetic) for rule, synthetic in rules} == {(0, 0.2, False), (0, 0.3, True)}
+
+
+@pytest.mark.parametrize("name", [name for name, card in CARDS.items() if card.split.kind == "committed"])
+def test_committed_splits_fit_their_cards(name: str) -> None:
+    card = CARDS[name]
+    table = read_split_table(find_split_file(card.split_name))
+    assert set(table.column("source").to_pylist()) == {card.source}
+    if card.split_name == name:
+        assert set(table.column("label").to_pylist()) == set(card.classes)
+    else:
+        assert CARDS[card.split_name].source == card.source
+    folds = dict.fromkeys(table.column("group").to_pylist(), "")
+    for group, fold in zip(table.column("group").to_pylist(), table.column("fold").to_pylist(), strict=True):
+        assert folds[group] in ("", fold)
+        folds[group] = fold
+
+
+def test_images_of_ham10000_are_on_the_same_side_in_isic2019() -> None:
+    ham, both = (read_split_table(find_split_file(name)) for name in ("ham10000_diagnosis", "isic2019_diagnosis"))
+    fold_of = dict(zip(both.column("key").to_pylist(), both.column("fold").to_pylist(), strict=True))
+    groups = dict(zip(both.column("key").to_pylist(), both.column("group").to_pylist(), strict=True))
+    assert len(both) == 25_331 and len(ham) == 10_013
+    for key, group, fold in zip(*(ham.column(name).to_pylist() for name in ("key", "group", "fold")), strict=True):
+        assert (fold_of[key], groups[key]) == (fold, group)
+
+
+def test_a_split_of_another_task_keeps_its_folds(clinic: ShardSet, make_task: MakeTask, tmp_path: Path) -> None:
+    split = load_split(make_task(), clinic)
+    write_split(tmp_path / "clinic_diagnosis.parquet", make_task(), split)
+    other_names = make_task(
+        name="clinic_malignancy",
+        classes=["malignant", "benign"],
+        merge={"malignant": ["melanoma"], "benign": ["naevus"]},
+        split={"kind": "committed", "of": "clinic_diagnosis"},
+    )
+    other = load_split(other_names, clinic, tmp_path)
+    assert other.folds.tolist() == split.folds.tolist() and other.labels.tolist() == (1 - split.labels).tolist()
+
+
+@pytest.mark.parametrize("source", sorted({card.source for card in CARDS.values()} & {*LAYOUTS, *PUBLIC}))
+def test_cards_find_their_rows_in_their_sources_official_layout(source: str, tmp_path: Path) -> None:
+    tasks = [task for task in CARDS.values() if task.source == source and task.needs is None]
+    {**LAYOUTS, **PUBLIC}[source](tmp_path / "raw")
+    build_shards(load_card(source), tmp_path / "raw", tmp_path / "shards", options=BuildOptions())
+    shards = open_shard_set(tmp_path / "shards")
+    for task in tasks:
+        if task.num_classes is None:
+            rows = select_rows(task, shards)
+            assert len(rows.rows) + rows.num_unlabelled + rows.num_ignored <= len(shards.table)
+            assert rows.labels.max() < len(task.class_names)
+        else:  # a few images cannot show them all, and that is said
+            with pytest.raises(UserError, match=f"the task has {task.num_classes} classes"):
+                select_rows(task, shards)

@@ -44,6 +44,11 @@ def compute_with_sklearn(name: str, labels: np.ndarray, scores: np.ndarray, weig
         return float(np.average(((scores - np.eye(num_classes)[labels]) ** 2).sum(axis=1), weights=weights))
     if name == "log_loss":
         return sk.log_loss(labels, scores, labels=classes, **kept)
+    if name == "partial_auroc_above_80_sensitivity":
+        # Turned over, it is the part of the curve up to 20 % false positives; scikit-learn rescales that (McClish).
+        rescaled = sk.roc_auc_score(1 - labels, -scores[:, 1], max_fpr=0.2, **kept)
+        lowest = 0.2**2 / 2
+        return float((lowest + (2 * rescaled - 1) * (0.2 - lowest)) / 0.2)
     assert name.startswith("sensitivity_at_")
     specificity = int(name.split("_")[2]) / 100
     false_rate, true_rate, _ = sk.roc_curve(labels, scores[:, 1], drop_intermediate=False, **kept)
@@ -116,6 +121,17 @@ def test_sensitivity_at_90_specificity_allows_exactly_one_of_ten() -> None:
     scores = np.stack([1 - score, score], axis=1)
     assert compute_metric("sensitivity_at_90_specificity", labels, scores).value == 0.75
     assert compute_metric("sensitivity_at_95_specificity", labels, scores).value == 0.25
+
+
+def test_partial_auroc_by_hand() -> None:
+    # Five positives: above 80 % sensitivity only the lowest counts, and one of four negatives lies above it.
+    labels = np.array([1, 1, 1, 1, 0, 1, 0, 0, 0])
+    score = np.linspace(0.9, 0.1, 9)
+    scores = np.stack([1 - score, score], axis=1)
+    assert compute_metric("partial_auroc_above_80_sensitivity", labels, scores).value == pytest.approx(0.75)
+    score[4:6] = 0.5  # a tie counts half
+    tied = np.stack([1 - score, score], axis=1)
+    assert compute_metric("partial_auroc_above_80_sensitivity", labels, tied).value == pytest.approx(0.875)
 
 
 @pytest.mark.parametrize("name", ["auroc", "auprc", "balanced_accuracy", "macro_f1"])

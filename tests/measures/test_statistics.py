@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from panfm.measures.intervals import MIN_AREA_GROUPS, Estimate
 from panfm.measures.metrics import compute_metric
 from panfm.measures.statistics import (
+    FEW_GROUPS,
     compare_paired,
     compute_bootstrap_seed,
     compute_interval,
@@ -89,12 +91,33 @@ def test_undefined_replicates_are_counted_and_too_many_leave_no_interval() -> No
     labels = np.array([1] + [0] * 19)
     scores = np.stack([1 - np.linspace(0.9, 0.1, 20), np.linspace(0.9, 0.1, 20)], axis=1)
     groups = np.arange(20).astype(str)
-    estimate = estimate_metrics(["auroc", "accuracy"], labels, scores, groups, seed=1)
-    assert estimate["auroc"].value == 1.0
-    assert estimate["auroc"].low is None and estimate["auroc"].high is None
-    assert estimate["auroc"].num_undefined == pytest.approx(2000 * (1 - 1 / 20) ** 20, rel=0.1)
-    assert "undefined in" in str(estimate["auroc"].reason)
-    assert estimate["accuracy"].low is not None and estimate["accuracy"].num_undefined == 0
+    estimate = estimate_metrics(["auprc", "brier"], labels, scores, groups, seed=1)
+    assert estimate["auprc"].value == 1.0
+    assert estimate["auprc"].low is None and estimate["auprc"].high is None and estimate["auprc"].method is None
+    assert estimate["auprc"].num_undefined == pytest.approx(2000 * (1 - 1 / 20) ** 20, rel=0.1)
+    assert "undefined in" in str(estimate["auprc"].reason)
+    assert estimate["brier"].low is not None and estimate["brier"].num_undefined == 0
+
+
+def test_the_number_of_groups_in_the_rarer_class_decides_the_method() -> None:
+    labels, scores, groups = make_clustered(200, seed=2)
+    positives, negatives = (np.unique(groups[labels == k]) for k in (1, 0))
+
+    def estimate(num_positive: int) -> dict[str, Estimate]:
+        kept = np.isin(groups, np.concatenate([positives[:num_positive], negatives[:60]]))
+        names = ["auroc", "accuracy", "kappa", "ece", "auprc"]
+        return estimate_metrics(names, labels[kept], scores[kept], groups[kept], seed=0, num_replicates=500)
+
+    many, few, fewer = estimate(FEW_GROUPS), estimate(FEW_GROUPS - 1), estimate(MIN_AREA_GROUPS - 1)
+    assert [many[name].method for name in many] == ["bootstrap", "bootstrap", "bootstrap", None, "bootstrap"]
+    assert [few[name].method for name in few] == ["delong_logit", "wilson", "bootstrap", None, "bootstrap"]
+    assert many["kappa"].reason is None and few["auroc"].reason is None and few["accuracy"].reason is None
+    assert f"{FEW_GROUPS - 1} groups in the rarer class" in str(few["kappa"].reason) and few["kappa"].low is not None
+    assert "shown to cover from 60 on" in str(many["auprc"].reason) and many["auprc"].low is not None
+    assert "outside its declared regime" in str(fewer["auroc"].reason)
+    for name in ("auroc", "accuracy"):  # one patient more changes the method, and little else
+        assert (few[name].low, few[name].high) == pytest.approx((many[name].low, many[name].high), abs=0.06)
+    assert many["ece"].value is not None and many["ece"].low is None and "sit too high" in str(many["ece"].reason)
 
 
 def test_one_group_has_a_value_and_no_interval() -> None:

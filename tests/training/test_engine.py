@@ -1,8 +1,7 @@
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,30 +12,38 @@ from panfm.data.batch import Batch
 from panfm.distributed import get_rank, get_world_size, process_group
 from panfm.errors import UserError
 from panfm.optim import OptimConfig, build_optimizer, build_param_groups, set_lr
-from panfm.training.engine import (
-    Engine,
+from panfm.training.engine import Engine, StepOutput, compute_step_seed
+from panfm.training.engine_config import (
     EngineConfig,
     compute_deepspeed_config,
     compute_num_micro_batches,
     compute_num_threads,
-    compute_step_seed,
     compute_zero_stage,
 )
-from tests.ranks import run_ranks
+from panfm.training.loss_scale import GROWTH_STEPS, LossScale, compute_next_loss_scale
 
 OPTIM = OptimConfig(base_lr=1e-2, lr_scaling="none", layer_decay=0.8, weight_decay=0.1)
 LRS = (1e-2, 2e-2, 1e-2, 5e-3, 1e-3)
 GLOBAL_BATCH_SIZE = 8
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
 
 
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "loss": lambda loss: loss * math.nan,
+    "loss alone": lambda loss: loss + math.inf,  # the gradient is as it was
+    "gradient": lambda loss: loss + (loss * 0).sqrt(),
+}
+
+
 class Student(nn.Module):
-    """Two blocks, a norm, dropout if asked, and a head that is thrown away."""
+    """Two blocks, a norm, dropout if asked, and a head that is thrown away. fault: what goes wrong, if anything."""
+
+    fault: str | None = None
+    factor = 1.0  # of the loss
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -52,6 +59,9 @@ class Student(nn.Module):
             x = x + self.dropout(block(x).tanh())
         prediction = self.head(x).float()
         loss = (prediction - batch.positions[:, None].float() / 10).square().mean()
+        loss = loss * self.factor
+        if self.fault is not None:
+            loss = FAULTS[self.fault](loss)
         return Output(loss, {"spread": prediction.std(correction=0)})
 
 
@@ -71,21 +81,28 @@ def draw_batch(first: int, size: int) -> Batch:
     return Batch(views, None, positions, none, none, none, none, none)
 
 
+def build_engine(model: Student, zero_stage: int, micro_batch_size: int = 4, **values: object) -> Engine:
+    """An engine that runs at this stage on any number of ranks, and under ZeRO 3 shards the smallest parameter."""
+    sizes = {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": micro_batch_size, "zero_stage": zero_stage}
+    config = validate(EngineConfig, {"precision": "fp32", "clip_grad_norm": 5.0, **sizes, **values}, "test")
+    # A section of its own keeps the stage on one rank, where 1 to 3 would else run as 0.
+    section = {"stage3_param_persistence_threshold": 0} if zero_stage == 3 else {"round_robin_gradients": False}
+    engine = Engine(model, model.encoder, config, OPTIM, {"zero_optimization": section})
+    assert engine.zero_stage == zero_stage
+    return engine
+
+
+def close(engine: Engine) -> None:
+    """Close it; on several ranks the group that it would end serves the next one too."""
+    if get_world_size() == 1:
+        engine.close()
+
+
 def train_with_engine(zero_stage: int, precision: str = "fp32", micro_batch_size: int = 4, clip: float | None = 5.0):
     """Losses, gradient norms and final weights of five steps; this rank takes its slice of every global batch."""
     with process_group(torch.device("cpu")):
-        values = {
-            "global_batch_size": GLOBAL_BATCH_SIZE,
-            "micro_batch_size": micro_batch_size,
-            "zero_stage": zero_stage,
-            "precision": precision,
-            "clip_grad_norm": clip,
-        }
         model = build_student()
-        # A section of its own keeps the stage on one rank, where 1 and 2 would else run as 0.
-        extra = {"zero_optimization": {"round_robin_gradients": False}}
-        engine = Engine(model, model.encoder, validate(EngineConfig, values, "test"), OPTIM, extra)
-        assert engine.zero_stage == zero_stage
+        engine = build_engine(model, zero_stage, micro_batch_size, precision=precision, clip_grad_norm=clip)
         share = GLOBAL_BATCH_SIZE // get_world_size()
         outputs = []
         for step, lr in enumerate(LRS):
@@ -93,7 +110,7 @@ def train_with_engine(zero_stage: int, precision: str = "fp32", micro_batch_size
             batches = [draw_batch(first + offset, micro_batch_size) for offset in range(0, share, micro_batch_size)]
             outputs.append(engine.step(batches, step=step, lr=lr))
         weights = {name: tensor.tolist() for name, tensor in engine.copy_state(model).items()}
-        engine.close()
+        close(engine)
     return [output.loss for output in outputs], [output.grad_norm for output in outputs], weights
 
 
@@ -129,44 +146,60 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_every_zero_stage_agrees_with_plain_pytorch(zero_stage: int) -> None:
     plain = train_plainly()
     assert min(plain[1]) < 5.0 < max(plain[1]), plain[1]  # some steps are clipped and some are not
     assert_same_training(train_with_engine(zero_stage), plain, rel=1e-5)
 
 
+def train_past_a_fault(
+    zero_stage: int, micro_batch_size: int, fault: str | None
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Two steps, one with a fault on the last rank, if any, two more; losses of the four and the weights after them."""
+    with process_group(torch.device("cpu")):
+        model = build_student()
+        engine = build_engine(model, zero_stage, micro_batch_size)
+
+        def train(step: int) -> StepOutput:
+            share = GLOBAL_BATCH_SIZE // get_world_size()
+            first = step * GLOBAL_BATCH_SIZE + get_rank() * share
+            starts = range(first, first + share, micro_batch_size)
+            return engine.step([draw_batch(n, micro_batch_size) for n in starts], step=step, lr=1e-2)
+
+        losses = [train(step).loss for step in range(2)]
+        if fault is not None:
+            before = engine.copy_state(model)
+            model.fault = fault if get_rank() == get_world_size() - 1 else None
+            failed = train(2)
+            model.fault = None
+            assert not failed.applied and failed.grad_norm is None and not failed.skipped_by_scaler, failed
+            assert math.isfinite(failed.loss) == (fault == "gradient"), failed
+            assert all(torch.equal(tensor, before[name]) for name, tensor in engine.copy_state(model).items())
+        losses += [train(step).loss for step in range(2, 4)]
+        weights = engine.copy_state(model)
+        close(engine)
+    return losses, weights
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero_stage", "micro_batch_size"), [(0, 8), (0, 4), (1, 4)])
-def test_nothing_stays_of_a_step_that_was_not_applied(zero_stage: int, micro_batch_size: int, tmp_path: Path) -> None:
-    """As in a rollback: a loss that is not finite, an earlier checkpoint, and on."""
-
-    def train(engine: Engine, steps: range) -> list[float]:
-        losses = []
-        for step in steps:
-            first = step * GLOBAL_BATCH_SIZE
-            starts = range(first, first + GLOBAL_BATCH_SIZE, micro_batch_size)
-            losses.append(engine.step([draw_batch(n, micro_batch_size) for n in starts], step=step, lr=1e-2).loss)
-        return losses
-
-    runs = []
-    for fails in (True, False):
-        with process_group(torch.device("cpu")):
-            model = build_student()
-            sizes = {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": micro_batch_size}
-            settings = EngineConfig(**sizes, zero_stage=zero_stage, precision="fp32", clip_grad_norm=5.0)
-            extra = {"zero_optimization": {"round_robin_gradients": False}}
-            engine = Engine(model, model.encoder, settings, OPTIM, extra)
-            if fails:
-                train(engine, range(2))
-                (tmp_path / "saved").mkdir()
-                assert engine.save(tmp_path / "saved") is None
-                model.head.weight.data[0, 0] = torch.nan
-                assert math.isnan(train(engine, range(2, 3))[0])
-            engine.load(tmp_path / "saved")
-            runs.append((train(engine, range(2, 5)), engine.copy_state(model)))
-            engine.close()
-    (losses, weights), (others, other_weights) = runs
+@pytest.mark.parametrize(
+    ("zero_stage", "micro_batch_size", "fault"),
+    [
+        (0, 8, "loss"),
+        (0, 4, "gradient"),
+        (1, 4, "loss alone"),
+        (1, 8, "gradient"),
+        (2, 4, "loss alone"),
+        (3, 4, "loss"),
+        (3, 4, "loss alone"),
+        (3, 8, "gradient"),
+    ],
+)
+def test_nothing_stays_of_a_step_that_was_not_applied(zero_stage: int, micro_batch_size: int, fault: str) -> None:
+    (losses, weights), (others, other_weights) = (
+        train_past_a_fault(zero_stage, micro_batch_size, one) for one in (fault, None)
+    )
     assert losses == others and all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())
 
 
@@ -175,14 +208,6 @@ def test_without_clipping_the_norm_is_still_measured() -> None:
     plain = train_plainly(clip=None)
     for zero_stage in (0, 1):
         assert_same_training(train_with_engine(zero_stage, clip=None), plain, rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-def test_two_ranks_agree_with_plain_pytorch(zero_stage: int) -> None:
-    plain = train_plainly()
-    for ours in run_ranks(train_with_engine, 2, zero_stage, "fp32", 2):
-        assert_same_training(ours, plain, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -215,19 +240,47 @@ def test_dropout_repeats_by_step_whatever_came_before() -> None:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_leaves_the_weights_alone() -> None:
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_fp16_finds_its_loss_scale_and_learns_nearly_the_same(zero_stage: int) -> None:
+    """The gradient of the scaled loss overflows at first: such steps change nothing but the scale."""
     with process_group(torch.device("cpu")):
         model = build_student()
-        config = EngineConfig(global_batch_size=4, micro_batch_size=4, precision="fp32")
-        engine = Engine(model, model.encoder, config, OPTIM, {})
-        before = engine.copy_state(model)
-        with torch.no_grad():
-            model.head.bias.fill_(float("nan"))
-        output = engine.step([draw_batch(0, 4)], step=0, lr=1.0)
-        assert not output.applied
-        assert output.grad_norm is None
-        assert torch.equal(engine.copy_state(model)["head.weight"], before["head.weight"])
+        model.factor = 64.0
+        engine = build_engine(model, zero_stage, precision="fp16", clip_grad_norm=64 * 5.0)
+        ours: list[StepOutput] = []
+        num_skipped = 0
+        while len(ours) < len(LRS):
+            step, before, scale = len(ours), engine.copy_state(model), engine.loss_scale
+            assert scale is not None
+            first = step * GLOBAL_BATCH_SIZE
+            output = engine.step([draw_batch(first, 4), draw_batch(first + 4, 4)], step=step, lr=LRS[step])
+            assert output.metrics["loss_scale"] == scale.value
+            if output.applied:
+                ours.append(output)
+                assert engine.loss_scale == LossScale(scale.value, scale.num_applied + 1)
+            else:
+                assert output.skipped_by_scaler and output.grad_norm is None
+                assert all(torch.equal(tensor, before[name]) for name, tensor in engine.copy_state(model).items())
+                assert engine.loss_scale == LossScale(scale.value / 2)
+                num_skipped += 1
+        assert 0 < num_skipped < 16
+        weights = engine.copy_state(model)
         engine.close()
+    plain = train_plainly()
+    assert [output.loss / 64 for output in ours] == pytest.approx(plain[0], rel=5e-3)
+    assert [output.grad_norm / 64 for output in ours] == pytest.approx(plain[1], rel=5e-2)
+    assert all(tensor.dtype is torch.float32 for tensor in weights.values())
+
+
+def test_the_loss_scale_halves_at_an_overflow_and_doubles_when_all_went_well_for_long() -> None:
+    scale = compute_next_loss_scale(LossScale(2.0**16, num_applied=7), overflowed=True)
+    assert scale == LossScale(2.0**15, num_applied=0)
+    for _ in range(GROWTH_STEPS):
+        scale = compute_next_loss_scale(scale, overflowed=False)
+    assert scale == LossScale(2.0**16, num_applied=0)
+    for _ in range(20):
+        scale = compute_next_loss_scale(scale, overflowed=True)
+    assert scale == LossScale(1.0)
 
 
 def test_sizes_that_do_not_divide_name_a_size_that_does() -> None:
@@ -249,15 +302,28 @@ def test_the_deepspeed_section_adds_but_does_not_contradict() -> None:
     with pytest.raises(UserError, match=r"deepspeed\.zero_optimization\.stage: .* from engine\.zero_stage"):
         compute_deepspeed_config(config, 4, {"zero_optimization": {"stage": 3}})
     with pytest.raises(UserError, match=r"deepspeed\.fp16: this is computed from engine\.precision"):
-        compute_deepspeed_config(config, 4, {"fp16": {"enabled": True}})
+        compute_deepspeed_config(config, 4, {"fp16": {"loss_scale": 128}})
+    for key in ("stage3_max_live_parameters", "offload_param"):
+        with pytest.raises(UserError, match=rf"{key}: only ZeRO 3 looks at it and engine\.zero_stage is 2; set .*=3"):
+            compute_deepspeed_config(config, 4, {"zero_optimization": {key: 1}})
+    sharded = compute_deepspeed_config(
+        EngineConfig(zero_stage=3, precision="fp16"), 4, {"zero_optimization": {"stage3_max_live_parameters": 10**6}}
+    )
+    assert sharded["zero_optimization"] == {"stage3_max_live_parameters": 10**6, "stage": 3}
+    with pytest.raises(
+        UserError, match=r"engine\.compile=true with engine\.zero_stage=3: .* set engine\.compile=false"
+    ):
+        compute_deepspeed_config(EngineConfig(zero_stage=3, compile=True), 4, {})
+    autocast = sharded["torch_autocast"]
+    assert (autocast["enabled"], autocast["dtype"], autocast["lower_precision_safe_modules"]) == (True, "float16", [])
 
 
 def test_on_one_rank_there_is_nothing_to_shard() -> None:
     def stage(zero_stage: int, world_size: int, extra: dict[str, object]) -> int:
         return compute_zero_stage(validate(EngineConfig, {"zero_stage": zero_stage}, "test"), world_size, extra)
 
-    assert [stage(number, 1, {}) for number in range(3)] == [0, 0, 0]
-    assert [stage(number, 2, {}) for number in range(3)] == [0, 1, 2]
+    assert [stage(number, 1, {}) for number in range(4)] == [0, 0, 0, 0]
+    assert [stage(number, 2, {}) for number in range(4)] == [0, 1, 2, 3]
     assert stage(2, 1, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}) == 2
 
 

@@ -52,13 +52,21 @@ def run(
 
 
 @app.command("list")
-def list_all(task_dir: Annotated[Path | None, typer.Option(help="Folder with task cards of your own.")] = None) -> None:
-    """List the known tasks.
+def list_all(
+    task_dir: Annotated[Path | None, typer.Option(help="Folder with task cards of your own.")] = None,
+    shards: Annotated[
+        list[str] | None, typer.Option(help="Shard sets, folders or URLs: then the list says which tasks they hold.")
+    ] = None,
+) -> None:
+    """List the known tasks by family, modality and access: with --shards whether these hold them (here, lacking, -).
 
-    Example: panfm evaluate list
+    lacking: shards of the source are there, but not what the task asks for (see panfm tasks check).
+
+    Example: panfm evaluate list --shards shards/ham10000
     """
+    from panfm.evaluation.task_check import format_tasks
     from panfm.evaluation.tasks import list_tasks, load_task
+    from panfm.shards.index import open_shard_set
 
-    for name in list_tasks(task_dir):
-        card = load_task(name, task_dir)
-        typer.echo(f"{name:<40} {card.source:<18} {len(card.classes)} classes  {card.title}")
+    cards = [load_task(name, task_dir) for name in list_tasks(task_dir)]
+    typer.echo(format_tasks(cards, [open_shard_set(folder) for folder in shards or ()]))

@@ -7,16 +7,33 @@ signal after saving (run the same command again), 130 Ctrl-C. `--debug` shows tr
 import errno
 import os
 import sys
+import time
 from typing import Annotated, NoReturn
 
 import typer
 
 from panfm import __version__
-from panfm.cli import audit, data, demo, doctor, embed, evaluate, export, leaderboard, pretrain, report, shards, synth
+from panfm.cli import (
+    audit,
+    data,
+    demo,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    leaderboard,
+    pretrain,
+    report,
+    runs,
+    shards,
+    synth,
+    tasks,
+)
 from panfm.errors import UserError
 
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130  # Ctrl-C
+SECONDS_FOR_RANK_0 = 3.0
 # What a user's paths, permissions and disks cause; any other OSError is ours to explain with a traceback.
 USER_ERRNOS = {
     errno.ENOENT,
@@ -48,8 +65,10 @@ app.command("report")(report.run)
 app.command("audit", cls=audit.SeveralFolders)(audit.run)
 app.add_typer(data.app, name="data")
 app.command("pretrain")(pretrain.run)
+app.command("runs")(runs.run)
 app.command("export")(export.run)
 app.command("embed")(embed.run)
+app.add_typer(tasks.app, name="tasks")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(leaderboard.app, name="leaderboard")
 
@@ -95,8 +114,14 @@ def main() -> NoReturn:
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    """Print one line, once: under torchrun every rank meets the same fault, and rank 0 speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
-        line = " ".join(message.split())
-        sys.stderr.write(f"panfm: {line}\n")
+    """Print one line, once: under torchrun every rank meets the same fault, and rank 0 speaks for all.
+
+    A fault of another rank alone (its machine's disk) must be told as well; where rank 0 has it too, torchrun ends the
+    others before they speak.
+    """
+    rank, line = os.environ.get("RANK", "0"), " ".join(message.split())
+    if rank != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+        line = f"rank {rank}: {line}"
+    sys.stderr.write(f"panfm: {line}\n")
     sys.exit(code)

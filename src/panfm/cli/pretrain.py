@@ -21,6 +21,9 @@ def run(
         str,
         typer.Option(help="auto: go on from the newest whole checkpoint in the run folder; never: refuse one there."),
     ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, take two steps, print the plan; write nothing.")
+    ] = False,
 ) -> None:
     """Pretrain an encoder on shards; the test groups of every known task are kept out (data.exclude).
 
@@ -29,6 +32,10 @@ def run(
     Example: panfm pretrain debug_cpu optim.base_lr=5e-4 --out runs/first
 
     On several processes: torchrun --nproc_per_node=2 -m panfm pretrain debug_cpu ...
+
+    Exit codes: 0 finished; 75 stopped by SIGTERM or SIGUSR1 and saved: run the same command again; 2 a wrong setting or
+    a full disk; 4 diverged; 5 alarmed; 6 a rank hung; 7 shards that cannot be read any more; 8 another rank was lost.
+    Whatever it was, the same command goes on from the newest checkpoint (docs/reliability.md).
     """
     from panfm.config import load_config
     from panfm.evaluation.contamination_list import find_copied, read_audit
@@ -44,6 +51,11 @@ def run(
         audit = read_audit(settings.data.exclude.audit)
         excluded = replace(excluded, keys=find_copied(audit, shard_sets), audit=audit.hash)
     del shard_sets  # their tables, about 1 KB a row, are not needed any more
+    if dry_run:
+        from panfm.training.dry_run import dry_run as run_dry
+
+        run_dry(settings, excluded=excluded)
+        raise typer.Exit(0)
     folder = out or Path("runs") / Path(config).stem
     summary = pretrain(settings, out=folder, excluded=excluded, resume=resume)
     raise typer.Exit(summary.exit_code)

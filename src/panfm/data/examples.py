@@ -231,9 +231,11 @@ def start_worker(number: int) -> None:
     trainer = multiprocessing.parent_process()
     assert trainer is not None
     threading.Thread(target=_end_with, args=(trainer.sentinel,), daemon=True).start()
-    # Ctrl-C reaches the whole process group; the training process decides when its workers end.
-    with suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole process group, and so does what torchrun and schedulers send to stop a run: the training
+    # process decides when its workers end, and needs them until its step is done.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        with suppress(ValueError):
+            signal.signal(name, signal.SIG_IGN)
 
 
 def _end_with(sentinel: int) -> None:

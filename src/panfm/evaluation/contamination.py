@@ -27,6 +27,7 @@ from panfm.evaluation.contamination_find import find_by_embedding, find_same_gro
 from panfm.evaluation.contamination_list import AUDIT_FILE, AUDIT_SCHEMA, AUDIT_VERSION, MANIFEST_FILE, METHODS
 from panfm.evaluation.contamination_report import InsideReport, ShownPair, render_csv, render_inside_csv, render_page
 from panfm.evaluation.splits import Split, compute_excluded, load_split
+from panfm.evaluation.task_rows import can_run
 from panfm.evaluation.tasks import TaskCard, list_tasks, load_task
 from panfm.files import compute_file_sha256, open_atomic, write_json, write_text
 from panfm.shards.duplicates import (
@@ -217,6 +218,8 @@ def _find_test_images(
                 )
             continue
         number, shard_set = by_source[card.source]
+        if tasks == "all" and not can_run(card, shard_set):
+            continue  # of these shards nothing can be measured by it: they lack its label, or its masks
         split = load_split(card, shard_set, task_dir)
         found.append((card, number, split, np.sort(split.rows[split.find("test")])))
     if sets and not found:

@@ -34,7 +34,7 @@ from panfm.measures.metrics import METRICS
 from panfm.measures.statistics import compute_bootstrap_seed, estimate_metrics
 from panfm.shards.index import ShardSet
 
-Protocol = Literal["linear_probe", "knn", "finetune"]
+Protocol = Literal["linear_probe", "knn", "prototype", "finetune", "metadata_fusion", "panderm_compat", "dinov2_compat"]
 EvaluatedOn = Literal["test", "development"]
 # Recipes are chosen on `development`, which never touches the test fold; the test fold is then looked at once.
 TRAIN_FOLDS: dict[EvaluatedOn, tuple[str, ...]] = {"test": ("train", "val"), "development": ("train",)}

@@ -61,7 +61,15 @@ CSV_COLUMNS = (
     "value_without_seen",
     "audit_reason",
 )
-PROTOCOLS = {"linear_probe": "Linear probe", "knn": "Nearest neighbours", "finetune": "Fine-tuning"}
+PROTOCOLS = {
+    "linear_probe": "Linear probe",
+    "knn": "Nearest neighbours",
+    "prototype": "Nearest class mean",
+    "finetune": "Fine-tuning",
+    "metadata_fusion": "Linear probe with metadata",
+    "panderm_compat": "As PanDerm's code, to compare with its numbers",
+    "dinov2_compat": "As DINOv2's code, to compare with its numbers",
+}
 CONTAMINATION = {
     "excluded": "test patients kept out of pretraining",
     "none": "no skin images in pretraining",

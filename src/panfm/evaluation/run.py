@@ -6,6 +6,7 @@ What exists and is fresh is skipped, what is stale is made again, a failing tria
 others. Running the same command again therefore does exactly what is left.
 """
 
+import itertools
 import time
 import traceback
 from collections.abc import Callable
@@ -22,16 +23,28 @@ from panfm.config import config_class, to_plain
 from panfm.encoder.export import find_ancestors
 from panfm.encoder.load import Encoder, load_encoder
 from panfm.errors import UserError
+from panfm.evaluation.compat import (
+    Dinov2CompatConfig,
+    PandermCompatConfig,
+    score_dinov2_compat,
+    score_panderm_compat,
+)
+from panfm.evaluation.families import Family
 from panfm.evaluation.finetune import FinetuneConfig, score_finetune
 from panfm.evaluation.knn import KnnConfig, score_knn
 from panfm.evaluation.linear_probe import LinearProbeConfig, score_linear_probe
+from panfm.evaluation.metadata_fusion import MetadataFusionConfig, score_metadata_fusion
 from panfm.evaluation.protocol import EvaluatedOn, Protocol, Trial, build_trial, find_result, write_trial
+from panfm.evaluation.prototype import PrototypeConfig, score_prototype
 from panfm.evaluation.results import EncoderCard, TrainedOn, make_folder_name
 from panfm.evaluation.splits import Split, load_split
+from panfm.evaluation.task_rows import find_classes
 from panfm.evaluation.tasks import TaskCard, list_tasks, load_task
 from panfm.features import compute_features
 from panfm.progress import progress_bar
 from panfm.shards.index import ShardSet, open_shard_set
+
+MEASURED_FAMILIES: tuple[Family, ...] = ("classification",)  # those that the protocols of this run can score
 
 
 @config_class
@@ -57,7 +70,9 @@ class EvaluateConfig:
     task_dir: str | None = None
     """Folder with task cards of your own; they win over shipped ones of the same name."""
     protocols: tuple[Protocol, ...] = ("linear_probe", "knn")
-    """linear_probe, knn (frozen features) and finetune (the whole encoder is trained)."""
+    """linear_probe, knn, prototype (frozen features), finetune (the whole encoder is trained), metadata_fusion (frozen
+    features beside age, sex, anatomic site and tabular columns, with its baselines); panderm_compat and
+    dinov2_compat compute what those publications do, to compare with their numbers, and are ranked by themselves."""
     fractions: tuple[float, ...] = (0.1, 1.0)
     """Shares of the training GROUPS (patients) whose labels are used, each in (0, 1]."""
     draws: int = Field(default=5, ge=1)
@@ -82,8 +97,16 @@ class EvaluateConfig:
     """Settings of protocol linear_probe."""
     knn: KnnConfig = KnnConfig()
     """Settings of protocol knn."""
+    prototype: PrototypeConfig = PrototypeConfig()
+    """Settings of protocol prototype."""
     finetune: FinetuneConfig = FinetuneConfig()
     """Settings of protocol finetune."""
+    metadata_fusion: MetadataFusionConfig = MetadataFusionConfig()
+    """Settings of protocol metadata_fusion."""
+    panderm_compat: PandermCompatConfig = PandermCompatConfig()
+    """Settings of protocol panderm_compat."""
+    dinov2_compat: Dinov2CompatConfig = Dinov2CompatConfig()
+    """Settings of protocol dinov2_compat."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +128,7 @@ class RunSummary:
     written: tuple[Path, ...]
     num_skipped: int
     failures: tuple[Failure, ...]
-    notes: tuple[str, ...]  # images left out, by task, in words
+    notes: tuple[str, ...]  # images and tasks left out, in words
 
     def __str__(self) -> str:
         """A few lines for the terminal."""
@@ -137,8 +160,9 @@ def run_evaluation(config: EvaluateConfig) -> RunSummary:
     """
     _check_config(config)
     failures: list[Failure] = []
-    tasks = _load_tasks(config, failures)
-    notes = tuple(f"{task.card.name}: left out: {'; '.join(task.split.notes)}" for task in tasks if task.split.notes)
+    notes: list[str] = []
+    tasks = _load_tasks(config, failures, notes)
+    notes += [f"{task.card.name}: left out: {'; '.join(task.split.notes)}" for task in tasks if task.split.notes]
     out = Path(config.out)
     written: list[Path] = []
     num_skipped = 0
@@ -178,7 +202,9 @@ def run_evaluation(config: EvaluateConfig) -> RunSummary:
                 if trial.protocol == "finetune":
                     score = _choose_score(config, trial, encoder, task)
                     _measure(out, trial, features.values[task.split.rows], score, written, failures)
-    return RunSummary(out=out, written=tuple(written), num_skipped=num_skipped, failures=tuple(failures), notes=notes)
+    return RunSummary(
+        out=out, written=tuple(written), num_skipped=num_skipped, failures=tuple(failures), notes=tuple(notes)
+    )
 
 
 Score = Callable[[Trial, NDArray[np.float32]], Any]
@@ -186,11 +212,23 @@ Score = Callable[[Trial, NDArray[np.float32]], Any]
 
 def _choose_score(config: EvaluateConfig, trial: Trial, encoder: Encoder, task: _Task) -> Score:
     """Bind a protocol to its settings: the result takes (trial, features [N, D] of the split's images)."""
-    if trial.protocol == "linear_probe":
-        return lambda trial, features: score_linear_probe(trial, features, config.linear_probe)
-    if trial.protocol == "knn":
-        return lambda trial, features: score_knn(trial, features, config.knn)
-    return lambda trial, features: score_finetune(trial, features, encoder, task.shard_set, config.finetune)
+    has_cls = encoder.module.has_cls
+    scores: dict[Protocol, Score] = {
+        "linear_probe": lambda trial, features: score_linear_probe(trial, features, config.linear_probe),
+        "knn": lambda trial, features: score_knn(trial, features, config.knn),
+        "prototype": lambda trial, features: score_prototype(trial, features, config.prototype),
+        "finetune": lambda trial, features: score_finetune(trial, features, encoder, task.shard_set, config.finetune),
+        "metadata_fusion": lambda trial, features: score_metadata_fusion(
+            trial, features, task.shard_set, config.metadata_fusion
+        ),
+        "panderm_compat": lambda trial, features: score_panderm_compat(
+            trial, features, config.panderm_compat, has_cls=has_cls
+        ),
+        "dinov2_compat": lambda trial, features: score_dinov2_compat(
+            trial, features, config.dinov2_compat, has_cls=has_cls
+        ),
+    }
+    return scores[trial.protocol]
 
 
 def _measure(
@@ -202,7 +240,9 @@ def _measure(
     failures: list[Failure],
 ) -> None:
     started = time.monotonic()
-    what = f"{trial.protocol} at {trial.label_fraction:g} of the labels, draw {trial.draw}, seed {trial.seed}"
+    variant = trial.recipe["variant"]
+    protocol = trial.protocol if variant == "default" else f"{trial.protocol} ({variant})"
+    what = f"{protocol} at {trial.label_fraction:g} of the labels, draw {trial.draw}, seed {trial.seed}"
     try:
         scored = score(trial, features)
         written.append(write_trial(out, trial, scored, time.monotonic() - started))
@@ -216,36 +256,42 @@ def _measure(
 
 def _plan_trials(config: EvaluateConfig, task: _Task, encoder: EncoderCard, failures: list[Failure]) -> list[Trial]:
     """List the trials of one encoder on one task; one that cannot be had (too few labels) becomes a failure."""
-    recipes: dict[Protocol, Any] = {
-        "linear_probe": config.linear_probe,
-        "knn": config.knn,
-        "finetune": config.finetune,
-    }
     trials = []
-    for protocol in config.protocols:
-        for fraction in config.fractions:
-            for draw in range(config.draws if fraction < 1 else 1):
-                for seed in config.seeds if protocol == "finetune" else config.seeds[:1]:
-                    try:
-                        trials.append(
-                            build_trial(
-                                task.card,
-                                task.split,
-                                encoder,
-                                task.shard_set,
-                                protocol=protocol,
-                                recipe=to_plain(recipes[protocol]),
-                                evaluated_on=config.evaluate_on,
-                                label_fraction=fraction,
-                                draw=draw,
-                                seed=seed,
-                                num_replicates=config.num_replicates,
-                            )
-                        )
-                    except UserError as error:
-                        what = f"{protocol} at {fraction:g} of the labels, draw {draw}"
-                        failures.append(Failure(task.card.name, encoder.name, what, str(error)))
+    planned = itertools.product(_list_recipes(config), config.fractions)
+    for (protocol, recipe), fraction in planned:
+        draws = range(config.draws if fraction < 1 else 1)
+        seeds = config.seeds if protocol == "finetune" else config.seeds[:1]
+        for draw, seed in itertools.product(draws, seeds):
+            try:
+                trials.append(
+                    build_trial(
+                        task.card,
+                        task.split,
+                        encoder,
+                        task.shard_set,
+                        protocol=protocol,
+                        recipe=recipe,
+                        evaluated_on=config.evaluate_on,
+                        label_fraction=fraction,
+                        draw=draw,
+                        seed=seed,
+                        num_replicates=config.num_replicates,
+                    )
+                )
+            except UserError as error:
+                what = f"{protocol} at {fraction:g} of the labels, draw {draw}"
+                failures.append(Failure(task.card.name, encoder.name, what, str(error)))
     return trials
+
+
+def _list_recipes(config: EvaluateConfig) -> list[tuple[Protocol, dict[str, Any]]]:
+    """Every protocol with its settings as plain values, as often as it has variants."""
+    recipes = []
+    for protocol in config.protocols:
+        settings = to_plain(getattr(config, protocol))
+        variants = settings.pop("variants", None) or [settings["variant"]]
+        recipes += [(protocol, {**settings, "variant": variant}) for variant in variants]
+    return recipes
 
 
 def _check_config(config: EvaluateConfig) -> None:
@@ -258,8 +304,11 @@ def _check_config(config: EvaluateConfig) -> None:
             raise UserError(f"fractions ({fraction:g}): a label fraction is above 0 and at most 1, for example 0.1")
 
 
-def _load_tasks(config: EvaluateConfig, failures: list[Failure]) -> list[_Task]:
-    """Open the shard sets, choose the tasks on them and put every image into its fold."""
+def _load_tasks(config: EvaluateConfig, failures: list[Failure], notes: list[str]) -> list[_Task]:
+    """Open the shard sets, choose the tasks on them and put every image into its fold.
+
+    A task of a family without a protocol is a failure where it was asked for by name, a note among all tasks.
+    """
     shard_sets: dict[str, ShardSet] = {}
     for path in config.shards:
         shard_set = open_shard_set(path)
@@ -270,6 +319,7 @@ def _load_tasks(config: EvaluateConfig, failures: list[Failure]) -> list[_Task]:
             )
         shard_sets[shard_set.source] = shard_set
     tasks = []
+    unmeasured: dict[Family, list[str]] = {}
     known = list_tasks(config.task_dir)
     for name in known if config.tasks == "all" else config.tasks:
         card = load_task(name, config.task_dir)
@@ -278,13 +328,23 @@ def _load_tasks(config: EvaluateConfig, failures: list[Failure]) -> list[_Task]:
                 message = f"no shard set of source {card.source} was given (given: {', '.join(shard_sets)})"
                 failures.append(Failure(card.name, None, "all trials", message))
             continue
+        if card.family not in MEASURED_FAMILIES:
+            unmeasured.setdefault(card.family, []).append(card.name)
+            if config.tasks != "all":
+                message = f"no protocol measures the family {card.family} yet; measured: {', '.join(MEASURED_FAMILIES)}"
+                failures.append(Failure(card.name, None, "all trials", message))
+            continue
         try:
+            card = find_classes(card, shard_sets[card.source])
             split = load_split(card, shard_sets[card.source], config.task_dir)
         except UserError as error:
             failures.append(Failure(card.name, None, "all trials", str(error)))
             continue
         tasks.append(_Task(card, split, shard_sets[card.source]))
-    if not tasks and not failures:
+    if unmeasured and config.tasks == "all":
+        families = "; ".join(f"{family} ({', '.join(names)})" for family, names in unmeasured.items())
+        notes.append(f"tasks left out, no protocol measures their families yet: {families}")
+    if not tasks and not failures and not notes:
         raise UserError(
             f"tasks: no known task is on the sources {', '.join(shard_sets)}; `panfm evaluate list` shows the tasks, "
             f"--task-dir adds your own"

@@ -19,17 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from panfm.errors import UserError
-from panfm.evaluation.tasks import (
-    FOLDS,
-    CommittedSplit,
-    OfficialSplit,
-    RuleSplit,
-    TaskCard,
-    TaskRows,
-    list_tasks,
-    load_task,
-    select_rows,
-)
+from panfm.evaluation.task_rows import TaskRows, can_run, find_classes, select_rows
+from panfm.evaluation.tasks import FOLDS, CommittedSplit, OfficialSplit, RuleSplit, TaskCard, list_tasks, load_task
 from panfm.files import compute_json_hash, list_resources, open_atomic
 from panfm.shards.cards import load_card
 from panfm.shards.index import Exclusion, ShardSet, compute_data_hash
@@ -52,7 +43,7 @@ class Split:
     """A task's rows in a shard set, each in a fold. All arrays run over the same N images, sorted by key.
 
     rows: int64 [N], row numbers in the shard set's table. keys, groups, folds: [N] text. labels: int64 [N], place in
-    the card's classes. hash: of (source, key, group, fold, class) of all images: equal splits, equal hashes.
+    the card's class_names. hash: of (source, key, group, fold, class) of all images: equal splits, equal hashes.
     group_kind: patient, lesion, slide or sample (= groups unknown). notes: what was left out, in words, with counts.
     """
 
@@ -83,14 +74,15 @@ def load_split(card: TaskCard, shard_set: ShardSet, task_dir: str | Path | None 
     Raises UserError where a group lies in two folds, a fold that the task needs is empty, or a committed split does
     not fit the shards (other keys, groups or labels). Images without a fold are left out and counted in `notes`.
     """
+    card = find_classes(card, shard_set)
     rows = select_rows(card, shard_set)
     notes = []
     if rows.num_unlabelled:
-        notes.append(f"{rows.num_unlabelled} images without the label {card.label}")
+        notes.append(f"{rows.num_unlabelled} images without {card.target_words}")
     if rows.num_ignored:
         notes.append(f"{rows.num_ignored} images with an ignored value of {card.label}")
     if isinstance(card.split, CommittedSplit):
-        folds, more = _read_committed_folds(card, rows, find_split_file(card.name, task_dir))
+        folds, more = _read_committed_folds(card, rows, find_split_file(card.split_name, task_dir))
         notes += more
     elif isinstance(card.split, OfficialSplit):
         folds = _compute_official_folds(card.split, rows, shard_set)
@@ -164,7 +156,7 @@ def write_split(path: str | Path, card: TaskCard, split: Split) -> None:
             "key": split.keys.tolist(),
             "group": split.groups.tolist(),
             "fold": split.folds.tolist(),
-            "label": [card.classes[label] for label in split.labels],
+            "label": [card.class_names[label] for label in split.labels],
         },
         schema=SPLIT_SCHEMA,
     )
@@ -217,7 +209,9 @@ def compute_excluded(
     a task on photographs are also kept out of the slides, and those of an absent source out of the ones present.
 
     Raises UserError where a task's test groups cannot be told, for example because a committed split names none of the
-    shards' keys: leaving them in silently would spoil every later number.
+    shards' keys: leaving them in silently would spoil every later number. Of "all" tasks, those that these shards
+    cannot run and whose test groups only their own shards could tell are not among the answer's `tasks`: the board then
+    shows an encoder's contamination by them as unknown.
     """
     excluded: dict[str, set[str]] = {shard_set.source: set() for shard_set in shard_sets}
     if tasks == "none":
@@ -225,14 +219,16 @@ def compute_excluded(
     if isinstance(tasks, str) and tasks != "all":
         raise UserError(f"data.exclude.tasks ({tasks!r}): it must be all, none, or a list of task names")
     groups_of = {id(shard_set): frozenset(_get_groups(shard_set)) for shard_set in shard_sets}
-    names = tuple(list_tasks(task_dir) if tasks == "all" else tasks)
-    for name in names:
+    names = []
+    for name in list_tasks(task_dir) if tasks == "all" else tasks:
         card = load_task(name, task_dir)
         own = [shard_set for shard_set in shard_sets if shard_set.source == card.source]
+        able = [shard_set for shard_set in own if can_run(card, shard_set)] if tasks == "all" else own
+        names.append(name)
         if own:
             namespace = own[0].card.namespace
             test: set[str] = set()
-            for shard_set in own:
+            for shard_set in able:
                 split = load_split(card, shard_set, task_dir)
                 test.update(split.groups[split.find("test")].tolist())
         else:
@@ -245,14 +241,21 @@ def compute_excluded(
             if shard_set.card.namespace != namespace:
                 continue
             groups = groups_of[id(shard_set)]
-            excluded[shard_set.source] |= groups & (test if own else _find_absent_test_groups(card, groups, task_dir))
-    return Exclusion({source: frozenset(groups) for source, groups in excluded.items()}, names)
+            try:
+                found = test if able else _find_absent_test_groups(card, groups, task_dir)
+            except UserError:
+                if tasks != "all":
+                    raise
+                names = [other for other in names if other != name]
+                break
+            excluded[shard_set.source] |= groups & found
+    return Exclusion({source: frozenset(groups) for source, groups in excluded.items()}, tuple(names))
 
 
 def _find_absent_test_groups(card: TaskCard, groups: frozenset[str], task_dir: str | Path | None) -> set[str]:
     """Which of `groups` test in a task whose own shards are not at hand but whose patients these are."""
     if isinstance(card.split, CommittedSplit):
-        table = read_split_table(find_split_file(card.name, task_dir))
+        table = read_split_table(find_split_file(card.split_name, task_dir))
         pairs = zip(table.column("group").to_pylist(), table.column("fold").to_pylist(), strict=True)
         return {group for group, fold in pairs if fold == "test"}
     if isinstance(card.split, RuleSplit):
@@ -324,9 +327,9 @@ def _read_committed_folds(card: TaskCard, rows: TaskRows, path: Path) -> tuple[N
                 f"{path}: image {key} is of group {expected_group}, in the shards of group {group}; "
                 f"build the shards with the source card that the split was made with"
             )
-        if card.classes[label] != expected_class:
+        if card.split_name == card.name and card.class_names[label] != expected_class:
             raise UserError(
-                f"{path}: image {key} is {expected_class!r}, in the shards {card.classes[label]!r}; "
+                f"{path}: image {key} is {expected_class!r}, in the shards {card.class_names[label]!r}; "
                 f"the labels or the card changed: raise the card's version and write the split again"
             )
         folds.append(fold)
@@ -337,7 +340,7 @@ def _read_committed_folds(card: TaskCard, rows: TaskRows, path: Path) -> tuple[N
 
 def _compute_split_hash(card: TaskCard, rows: TaskRows, folds: NDArray[np.str_], order: NDArray[np.int64]) -> str:
     columns = (rows.keys, rows.groups, folds)
-    classes = [card.classes[label] for label in rows.labels[order]]
+    classes = [card.class_names[label] for label in rows.labels[order]]
     return compute_json_hash([card.source, *(column[order].tolist() for column in columns), classes])
 
 

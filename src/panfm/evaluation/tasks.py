@@ -1,45 +1,53 @@
-"""Task cards: a benchmark task as one YAML file on one screen, and the rows of a shard set that belong to it.
+"""Task cards: a benchmark task as one YAML file on one screen.
 
-    evaluation/tasks/<name>.yaml -> TaskCard ;  TaskCard + ShardSet -> TaskRows (which rows, which group, which class)
+    evaluation/tasks/NAME.yaml, or a file of the user's own folder  ->  TaskCard (frozen, strict)  ->  task_rows
 
-A card names the source, the label, the classes in order, the unit that no split may cut (patient, lesion, slide), the
-split, the metrics and what may be claimed from it. No code: a file in a user's own folder is a task. Needs no torch.
+A card names the source, the family, the label and its classes in order (or the target of a family that has none), the
+unit that no split may cut (patient, lesion, slide), the split, the metrics and what may be claimed from it. No code: a
+file in a user's own folder is a task. Needs no torch.
 """
 
 from collections import Counter
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from panfm.config import read_yaml, validate
 from panfm.errors import UserError
+from panfm.evaluation.families import (
+    BINARY_FAMILIES,
+    WITHOUT_CLASSES,
+    Family,
+    OutOfDistributionTarget,
+    Target,
+    ZeroShotTarget,
+    describe_target,
+    list_metrics,
+    read_target,
+)
 from panfm.files import find_resource, list_resources
 from panfm.measures.metrics import METRICS
-from panfm.shards.index import ShardSet
 from panfm.shards.schema import Modality
 
 TASK_FOLDER = "evaluation/tasks"
 Group = Literal["patient", "lesion", "slide", "unknown"]
 Fold = Literal["train", "val", "test"]
 FOLDS: tuple[Fold, ...] = ("train", "val", "test")
-# A group of a coarser kind is never cut by a split of a finer one: rows grouped by patient satisfy `group: lesion`.
-COARSENESS = {"sample": 0, "unknown": 0, "slide": 1, "lesion": 2, "patient": 3}
 Subgroup = Literal["sex", "age", "phototype", "anatomic_site", "institution", "device", "modality", "confirmed_by"]
 
 
 class CommittedSplit(BaseModel):
-    """The folds lie in evaluation/splits/<task>.parquet (or beside the card): everybody's numbers compare."""
+    """The folds lie in evaluation/splits/<task>.parquet (or beside the card): everybody's numbers compare.
+
+    `of` names another task on the same source whose folds these are: a lesion is on one side in both.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["committed"]
+    of: str | None = None
 
 
 class OfficialSplit(BaseModel):
@@ -88,11 +96,14 @@ class TaskCard(BaseModel):
     title: str
     source: str
     modality: Modality | None = None  # only rows of this modality; null = all
-    family: Literal["classification"] = "classification"
-    label: str  # name in Sample.labels
-    classes: tuple[str, ...] = Field(min_length=2)  # order of the scores; binary: negative, then positive
+    family: Family = "classification"
+    label: str | None = None  # name in Sample.labels; null for families without classes
+    classes: tuple[str, ...] = ()  # order of the scores; binary: negative, then positive; ordinal: lowest first
+    num_classes: int | None = Field(default=None, ge=2)  # in place of classes: the label's values, by alphabet
     merge: dict[str, tuple[str, ...]] | None = None  # class -> the label values that make it; null = value is class
     ignore: tuple[str, ...] = ()  # label values that are left out on purpose
+    others: str = "error"  # what any further label value is: an error, or `ignore`, or the class of this name
+    target: Target | None = None  # what only this family has: a section of evaluation/families.py
     group: Group  # the unit that no split and no label fraction may cut
     split: Annotated[CommittedSplit | OfficialSplit | RuleSplit, Field(discriminator="kind")]
     metrics: tuple[str, ...] = Field(min_length=1)
@@ -100,58 +111,99 @@ class TaskCard(BaseModel):
     subgroups: tuple[Subgroup, ...] = ()
     claim: bool = True  # False: checks the pipeline, supports no claim about an encoder
     claim_note: str | None = None  # why not
+    note: str | None = None  # how it differs from what was published, and what in it is a guess
+    needs: str | None = None  # what is not there yet: a source card, or a label of it; null = runs on shipped cards
     access: Literal["open", "request", "private"] = "open"
     licence: str
     citation: str
     published: tuple[str, ...] = ()  # names in evaluation/published
     synthetic: bool = False
 
+    @field_validator("target", mode="before")
+    @classmethod
+    def _read_target(cls, values: Any, info: ValidationInfo) -> Any:
+        # By the family, not by trying one section after the other: the fault is then one of the section that was meant.
+        return read_target(info.data["family"], values) if "family" in info.data else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_target(cls, values: Any) -> Any:
+        return {"target": None, **values} if isinstance(values, dict) else values  # so that an absent one is read, too
+
     @model_validator(mode="after")
     def _check(self) -> "TaskCard":
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"classes {list(self.classes)}: a class is named twice")
-        if self.merge is not None and set(self.merge) != set(self.classes):
-            raise ValueError(f"merge has the classes {sorted(self.merge)}; it must have those of `classes`")
-        values = Counter([*(value for group in self.get_values().values() for value in group), *self.ignore])
-        twice = sorted(value for value, count in values.items() if count > 1)
-        if twice:
-            raise ValueError(f"label value {twice[0]!r} is assigned twice; it makes one class or is ignored")
+        self._check_classes()
+        known = list_metrics(self.family)
+        num_classes = self.num_classes or len(self.classes)
         for metric in self.metrics:
-            if metric not in METRICS:
-                near = get_close_matches(metric, METRICS, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METRICS)}"
-                raise ValueError(f"unknown metric {metric!r}; {hint}")
-            if METRICS[metric].binary_only and len(self.classes) != 2:
-                raise ValueError(f"metric {metric!r} is defined for two classes; this task has {len(self.classes)}")
+            if metric not in known:
+                near = get_close_matches(metric, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                family = "" if self.family == "classification" else f" of family {self.family}"
+                raise ValueError(f"unknown metric {metric!r}{family}; {hint}")
+            if metric in METRICS and METRICS[metric].binary_only and num_classes != 2:
+                raise ValueError(f"metric {metric!r} is defined for two classes; this task has {num_classes}")
         if self.primary_metric not in self.metrics:
             raise ValueError(f"primary_metric {self.primary_metric!r} must be one of metrics {list(self.metrics)}")
         if not self.claim and not self.claim_note:
             raise ValueError("claim is false without a claim_note; say why nothing may be claimed from this task")
         return self
 
+    def _check_classes(self) -> None:
+        given = [name for name in ("label", "classes", "num_classes", "merge", "ignore") if getattr(self, name)]
+        if self.family in WITHOUT_CLASSES:
+            if given:
+                raise ValueError(f"{given[0]} has no place in family {self.family}; its target says what is asked")
+            return
+        if self.label is None:
+            raise ValueError(f"label is missing; family {self.family} needs the name of a label")
+        if bool(self.classes) == (self.num_classes is not None):
+            raise ValueError(
+                "give classes (their names, in order), or num_classes where the label's values are the classes"
+            )
+        if self.num_classes is not None and (self.merge is not None or self.others != "error"):
+            raise ValueError("num_classes takes the label's values as they are; with merge or others, name the classes")
+        if self.family == "ordinal" and not self.classes:
+            raise ValueError("an ordinal task needs classes, from the lowest to the highest: their order is the task")
+        if len(self.classes) == 1 or (self.family in BINARY_FAMILIES and len(self.classes) != 2):
+            least = "exactly two (negative, then positive)" if self.family in BINARY_FAMILIES else "at least two"
+            raise ValueError(f"classes {list(self.classes)}: family {self.family} needs {least}")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes {list(self.classes)}: a class is named twice")
+        if self.merge is not None and not set(self.classes) - {self.others} <= set(self.merge) <= set(self.classes):
+            raise ValueError(f"merge has the classes {sorted(self.merge)}; it must have those of `classes`")
+        if self.others not in ("error", "ignore", *self.classes):
+            raise ValueError(f"others is {self.others!r}; it is error, ignore, or one of classes {list(self.classes)}")
+        unknown = self.target.unknown if isinstance(self.target, OutOfDistributionTarget) else ()
+        values = Counter([*(value for group in self.get_values().values() for value in group), *self.ignore, *unknown])
+        twice = sorted(value for value, count in values.items() if count > 1)
+        if twice:
+            raise ValueError(f"label value {twice[0]!r} is assigned twice; it makes one class or is ignored")
+        if isinstance(self.target, ZeroShotTarget) and set(self.target.phrases) != set(self.classes):
+            raise ValueError(f"target.phrases names {sorted(self.target.phrases)}; it must name the classes")
+
     def get_values(self) -> dict[str, tuple[str, ...]]:
-        """Return which label values make each class, in the order of classes."""
+        """Return which label values make each class, in the order of classes (a class of `others` may have none)."""
         if self.merge is None:
-            return {name: (name,) for name in self.classes}
-        return {name: self.merge[name] for name in self.classes}
+            return {name: () if name == self.others else (name,) for name in self.classes}
+        return {name: self.merge.get(name, ()) for name in self.classes}
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What `TaskRows.labels` count: the classes; behind them `unknown` out of distribution; else `measured`."""
+        if self.family in WITHOUT_CLASSES:
+            return ("measured",)
+        return (*self.classes, "unknown") if self.family == "out_of_distribution" else self.classes
 
-@dataclass(frozen=True)
-class TaskRows:
-    """The labelled rows of a task in a shard set, in the order of the shard set.
+    @property
+    def target_words(self) -> str:
+        """What an image must have to belong to the task, in words: "the label diagnosis", "a mask"."""
+        return describe_target(self.target, self.label)
 
-    rows: int64 [N], row numbers in the shard set's table. keys, groups: [N] text. labels: int64 [N], place in classes.
-    group_kind: the finest kind of group among the rows ("sample" = groups unknown).
-    num_unlabelled, num_ignored: rows of the modality that carry no such label, or a value that the card ignores.
-    """
-
-    rows: NDArray[np.int64]
-    keys: NDArray[np.str_]
-    groups: NDArray[np.str_]
-    labels: NDArray[np.int64]
-    group_kind: str
-    num_unlabelled: int
-    num_ignored: int
+    @property
+    def split_name(self) -> str:
+        """The task whose committed split this one uses: its own name, or `split.of`."""
+        return (self.split.of if isinstance(self.split, CommittedSplit) else None) or self.name
 
 
 def list_tasks(task_dir: str | Path | None = None) -> dict[str, Path]:
@@ -187,80 +239,3 @@ def load_task(name_or_path: str | Path, task_dir: str | Path | None = None) -> T
             f"{path}: name is {card.name!r}; a task carries the name of its file, {path.stem!r}: rename one"
         )
     return card
-
-
-def select_rows(card: TaskCard, shard_set: ShardSet) -> TaskRows:
-    """Find the rows of `shard_set` that belong to the task, with their groups and classes.
-
-    Raises UserError for a label value that the card does not know, rows whose groups are finer than the card promises,
-    and no rows at all. Rows without the label are left out and counted.
-    """
-    where = f"task {card.name} on {shard_set.path}"
-    if shard_set.source != card.source:
-        raise UserError(f"{where}: the shards hold source {shard_set.source!r}; the task is on source {card.source!r}")
-    table = shard_set.table
-    values = pc.map_lookup(_combine(table.column("labels")), pa.scalar(card.label), "first")
-    of_modality = np.ones(len(table), dtype=bool)
-    if card.modality is not None:
-        of_modality = _to_numpy(pc.equal(table.column("modality"), card.modality)).astype(bool)
-
-    class_of_value = {value: number for number, name in enumerate(card.classes) for value in card.get_values()[name]}
-    labels = np.full(len(table), -1, dtype=np.int64)
-    num_unlabelled = num_ignored = 0
-    unknown: Counter[str] = Counter()
-    for row, value in enumerate(values.to_pylist()):
-        if not of_modality[row]:
-            continue
-        if value is None:
-            num_unlabelled += 1
-        elif value in card.ignore:
-            num_ignored += 1
-        elif value in class_of_value:
-            labels[row] = class_of_value[value]
-        else:
-            unknown[value] += 1
-    if unknown:
-        value, count = unknown.most_common(1)[0]
-        raise UserError(
-            f"{where}: label {card.label} has the value {value!r} ({count} images), which the task does not know; "
-            f"known: {', '.join(class_of_value)}; add it to a class or to `ignore` in the card"
-        )
-    rows = np.flatnonzero(labels >= 0).astype(np.int64)
-    if len(rows) == 0:
-        modality = f" of modality {card.modality}" if card.modality else ""
-        raise UserError(
-            f"{where}: none of the {int(of_modality.sum())} images{modality} has the label {card.label!r}; "
-            f"name another label in the card, or map it in the source card and build the shards again"
-        )
-
-    taken = table.select(["key", "group_id", "group_kind"]).take(pa.array(rows))
-    kinds: Counter[str] = Counter(taken.column("group_kind").to_pylist())
-    finest = min(kinds, key=COARSENESS.__getitem__)
-    if COARSENESS[finest] < COARSENESS[card.group]:
-        way_out = "unknown" if finest == "sample" else finest
-        raise UserError(
-            f"{where}: group is {card.group!r}, but {kinds[finest]} of {len(rows)} images are known by {finest} only; "
-            f"map the {card.group} id in the source card, or set group: {way_out} (the board shows it)"
-        )
-    return TaskRows(
-        rows=rows,
-        keys=_to_text(taken.column("key")),
-        groups=_to_text(taken.column("group_id")),
-        labels=labels[rows],
-        group_kind=finest,
-        num_unlabelled=num_unlabelled,
-        num_ignored=num_ignored,
-    )
-
-
-def _combine(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
-
-
-def _to_numpy(column: pa.ChunkedArray) -> NDArray:
-    return _combine(column).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
-
-
-def _to_text(column: pa.ChunkedArray) -> NDArray[np.str_]:
-    return np.array(column.to_pylist(), dtype=np.str_)

@@ -11,12 +11,12 @@ reason in a point value, never 0: a class that has no test image has no recall, 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from panfm.errors import UserError
+from panfm.measures.definitions import METRICS
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -27,64 +27,11 @@ PROBABILITY_TOLERANCE = 1e-3  # rows of half-precision softmax outputs sum to 1 
 
 
 @dataclass(frozen=True)
-class MetricDefinition:
-    """What a metric is called, which way is better, and where it is defined."""
-
-    title: str
-    direction: Literal["higher", "lower"]
-    description: str
-    binary_only: bool = False
-    needs_probabilities: bool = False
-
-
-@dataclass(frozen=True)
 class MetricPoint:
     """One value, or None and the reason why there is none."""
 
     value: float | None
     reason: str | None = None
-
-
-METRICS: dict[str, MetricDefinition] = {
-    "auroc": MetricDefinition(
-        "AUROC", "higher", "Area under the ROC curve; with more than two classes the mean of all one-versus-rest areas."
-    ),
-    "auprc": MetricDefinition(
-        "AUPRC", "higher", "Average precision; with more than two classes the mean over classes. Depends on prevalence."
-    ),
-    "balanced_accuracy": MetricDefinition("Balanced accuracy", "higher", "Mean recall over all classes."),
-    "accuracy": MetricDefinition("Accuracy", "higher", "Share of images whose highest score is the right class."),
-    "weighted_f1": MetricDefinition("Weighted F1", "higher", "F1 of each class, weighted by its number of images."),
-    "macro_f1": MetricDefinition("Macro F1", "higher", "Mean of the F1 of all classes."),
-    "kappa": MetricDefinition("Cohen's kappa", "higher", "Agreement beyond chance, unweighted."),
-    "sensitivity_at_90_specificity": MetricDefinition(
-        "Sensitivity at 90 % specificity",
-        "higher",
-        "Highest sensitivity on the test ROC curve where specificity is at least 90 % (no transferred threshold).",
-        binary_only=True,
-    ),
-    "sensitivity_at_95_specificity": MetricDefinition(
-        "Sensitivity at 95 % specificity",
-        "higher",
-        "Highest sensitivity on the test ROC curve where specificity is at least 95 % (no transferred threshold).",
-        binary_only=True,
-    ),
-    "brier": MetricDefinition(
-        "Brier score",
-        "lower",
-        "Mean squared error of the probabilities: of class 1 for two classes, summed over classes for more.",
-        needs_probabilities=True,
-    ),
-    "ece": MetricDefinition(
-        "Calibration error",
-        "lower",
-        "Expected calibration error, 15 bins of equal mass: of class 1 for two classes, of the top class for more.",
-        needs_probabilities=True,
-    ),
-    "log_loss": MetricDefinition(
-        "Log-loss", "lower", "Mean negative log-probability of the right class.", needs_probabilities=True
-    ),
-}
 
 
 def compute_metric(name: str, labels: ArrayLike, scores: ArrayLike) -> MetricPoint:
@@ -282,6 +229,23 @@ def _sensitivity_at(specificity: float) -> Callable[[_Weighted], Floats]:
     return compute
 
 
+def _partial_auroc_above(sensitivity: float) -> Callable[[_Weighted], Floats]:
+    def compute(weighted: _Weighted) -> Floats:
+        (problem,) = weighted.ranked
+        # The curve climbs only where a distinct score has positives; between its two ends it is a straight line.
+        starts, ends = np.unique(np.stack([problem.ranked.tie_start, problem.ranked.tie_end]), axis=1)
+        found, found_after = problem.sum_positives(starts), problem.sum_positives(ends)
+        wrong, wrong_after = problem.sum_all(starts) - found, problem.sum_all(ends) - found_after
+        gained = found_after - found
+        above = np.clip(found_after - sensitivity * problem.num_positive[:, None], 0, gained)  # the part that counts
+        share = np.divide(above, gained, out=np.zeros_like(gained), where=gained > 0)
+        middle = wrong_after - (wrong_after - wrong) * share / 2  # false positives in the middle of that part
+        width = (1 - sensitivity) * problem.num_positive
+        return 1 - _divide((above * middle).sum(axis=1), width * problem.num_negative)
+
+    return compute
+
+
 def _recalls(weighted: _Weighted) -> Floats:
     return _divide(np.einsum("rkk->rk", weighted.confusion), weighted.confusion.sum(axis=2))
 
@@ -330,6 +294,14 @@ def _log_loss(weighted: _Weighted) -> Floats:
     return weighted.average(-np.log(np.clip(scores[np.arange(len(labels)), labels], smallest, 1 - smallest)))
 
 
+def cut_equal_mass(confidence: Floats) -> Ints:
+    """Cut confidences [N] into NUM_CALIBRATION_BINS bins of equal mass by mid-ranks; equal ones share a bin: [N]."""
+    ascending = np.sort(confidence)
+    ranks = np.searchsorted(ascending, confidence, "left") + np.searchsorted(ascending, confidence, "right")
+    bins = (ranks / 2 / len(confidence) * NUM_CALIBRATION_BINS).astype(np.int64)
+    return np.asarray(bins.clip(max=NUM_CALIBRATION_BINS - 1), dtype=np.int64)
+
+
 def _ece(weighted: _Weighted) -> Floats:
     """Sum over bins of |mean confidence - share right| x the bin's mass.
 
@@ -341,9 +313,7 @@ def _ece(weighted: _Weighted) -> Floats:
         confidence, right = shared.scores[:, 1], shared.labels == 1
     else:
         confidence, right = shared.scores.max(axis=1), shared.predicted == shared.labels
-    ascending = np.sort(confidence)
-    ranks = np.searchsorted(ascending, confidence, "left") + np.searchsorted(ascending, confidence, "right")
-    bins = (ranks / 2 / len(confidence) * NUM_CALIBRATION_BINS).astype(np.int64).clip(max=NUM_CALIBRATION_BINS - 1)
+    bins = cut_equal_mass(confidence)
     gaps = np.zeros((len(confidence), NUM_CALIBRATION_BINS))
     gaps[np.arange(len(confidence)), bins] = confidence - right
     return _divide(np.abs(weighted.weights @ gaps).sum(axis=1), weighted.total)
@@ -359,6 +329,7 @@ _COMPUTE: Mapping[str, Callable[[_Weighted], Floats]] = {
     "kappa": _kappa,
     "sensitivity_at_90_specificity": _sensitivity_at(0.90),
     "sensitivity_at_95_specificity": _sensitivity_at(0.95),
+    "partial_auroc_above_80_sensitivity": _partial_auroc_above(0.80),
     "brier": _brier,
     "ece": _ece,
     "log_loss": _log_loss,

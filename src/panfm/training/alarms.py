@@ -33,8 +33,8 @@ class AlarmConfig:
 
     action: Literal["none", "warn", "stop", "rollback"] = "warn"
     """warn: say so. stop: end the run with exit code 5. rollback: go back to the last checkpoint from before the
-    trouble and draw other samples from there on; also where the loss or the gradient is not finite, which else ends
-    the run. Each but none keeps snapshots in the run folder, in alarms/."""
+    trouble and draw other samples from there on; also after more than max_skipped_steps that are not finite, which else
+    end the run. Each but none keeps snapshots in the run folder, in alarms/."""
     patience: int = Field(default=3, ge=1)
     """Looks in a row at which the same thing must be wrong; of what every logged step has, logged steps."""
     min_std_ratio: float = Field(default=0.1, ge=0.0)
@@ -56,6 +56,9 @@ class AlarmConfig:
     """Largest gradient norm before clipping, as a multiple of its median in the window."""
     window: int = Field(default=100, ge=MIN_RECORDS)
     """Logged steps that loss and gradient are compared with."""
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Steps of any hundred whose loss or gradient may be not finite. Such a step changes no weight; its samples count
+    as drawn, and metrics.jsonl marks it `skipped`. With one more the run rolls back (action: rollback) or stops."""
     max_rollbacks: int = Field(default=2, ge=1)
     """Rollbacks after which the run stops instead: what comes back on other samples is not bad luck."""
 

@@ -1,38 +1,41 @@
-"""Everything a bit-exact resume needs, in one folder that is either whole or not there.
+"""Everything a bit-exact resume needs, in one folder that is either whole or not there: finding and reading it.
 
     run/checkpoints/step-00001234/
-        state/               every rank's part of weights and optimizer, written by the engine
-        training.json        step, samples_seen, loader state, world size, resolved config, code version
+        state/               every rank's part of weights and optimizer (checkpoint_state.py)
+        training.json        step, samples_seen, loader state, world size, ZeRO stage, resolved config, code version
         extra.safetensors    the EMA teacher and the centres of its heads, where the run has a teacher
         encoder.safetensors  the encoder alone, under timm's names: the teacher's or the student's, as configured
         text.safetensors     the text tower and its maps, where an objective has one, for exports
         encoder.json         EncoderFacts: how to build it, feed it, and what it was trained on
         manifest.json        SHA-256 and size of every file above, written last
 
-A checkpoint is written as `step-00001234.tmp`, flushed to disk and renamed after its manifest. The random state needs
-no file: the engine seeds every step from (seed, step, rank), the loader draws from (seed, salts, position).
+A checkpoint is written (checkpoint_writer.py) as `step-00001234.tmp`, flushed to disk and renamed after its manifest.
+The random state needs no file: the engine seeds every step from (seed, step, rank), the loader draws from (seed, salts,
+position). With the same ranks a resumed run is the one that never stopped, to the bit. With more ranks or fewer, or
+under another ZeRO stage, it goes on with the same samples; its losses differ by the order in which numbers are added
+up, and by stochastic depth, which draws by rank.
 """
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
-from panfm import __version__
 from panfm.config import config_class
-from panfm.distributed import barrier, broadcast_object, gather_objects, get_world_size, is_main
-from panfm.encoder.facts import EncoderFacts, SourceFacts, read_facts, write_facts
+from panfm.encoder.facts import EncoderFacts, SourceFacts, read_facts
 from panfm.errors import UserError
-from panfm.files import compute_file_sha256, read_json, sync_folder, write_bytes, write_json
+from panfm.files import compute_file_sha256, read_json
 from panfm.training.engine import Engine
 
-FORMAT = 2  # 1 had one salt; its sample stream was another one, which no later panfm can go on with
+# 1 had one salt; its sample stream was another one, which no later panfm can go on with. 2 held DeepSpeed's own files,
+# which only the same number of ranks could read.
+FORMAT = 3
 MANIFEST = "manifest.json"
 EXTRA = "extra.safetensors"
 TEXT = "text.safetensors"
@@ -40,6 +43,8 @@ TEXT = "text.safetensors"
 # Config keys that may differ between a run and its resumption: they decide neither the weights nor the sample stream.
 # data.shards may move; what it holds is compared by data hash instead.
 # data.use only refuses sources; runs that were begun before there was such a key resume too.
+# The ZeRO stage and the size of a micro batch are what another number of ranks may need; objectives that compare the
+# images of a micro batch refuse one that is not the whole global batch.
 FREE_KEYS = (
     "checkpoint",
     "monitor",
@@ -49,7 +54,10 @@ FREE_KEYS = (
     "data.workers",
     "data.prefetch",
     "data.max_failed_share",
+    "engine.micro_batch_size",
     "engine.num_threads",
+    "engine.world_sizes",
+    "engine.zero_stage",
 )
 
 
@@ -61,6 +69,21 @@ class CheckpointConfig:
     """Steps between two checkpoints; one more is written at the end and on SIGTERM or SIGUSR1."""
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints that stay; with 2, a torn disk still leaves one to go back to."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Steps between two checkpoints that stay for ever, besides the newest: what a curve of probes or a later branch of
+    the run starts from; a multiple of save_every. null: none."""
+    background: bool = True
+    """Write while training goes on. The loop waits only until the state is copied, which takes host memory until it is
+    on disk: 12 bytes a parameter over all ranks, and 4 for each parameter of encoder and EMA teacher on rank 0. false:
+    the loop waits for the disk, and the same copy is gone sooner."""
+
+    def __post_init__(self) -> None:
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            better = max(round(self.keep_every / self.save_every), 1) * self.save_every
+            raise ValueError(
+                f"keep_every ({self.keep_every}) must be a multiple of save_every ({self.save_every}), else what would "
+                f"stay is never written; try {better}"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,69 +93,6 @@ class TrainingState:
     step: int  # optimizer steps done
     samples_seen: int
     salts: tuple[tuple[int, int], ...] = ((0, 0),)  # of the sample stream: (first step, salt), one more a rollback
-
-
-def write_checkpoint(
-    run: Path,
-    engine: Engine,
-    state: TrainingState,
-    *,
-    config: Mapping[str, Any],
-    facts: EncoderFacts,
-    keep_last: int,
-    extra: Mapping[str, Tensor] | None = None,
-    text: Mapping[str, Tensor] | None = None,
-    encoder: nn.Module | None = None,
-) -> Path:
-    """Write a checkpoint of `run` at `state`; every rank must call it. Returns its folder.
-
-    `config` is the resolved config as plain values. `extra` is what the model needs beside its weights, on rank 0
-    (`PretrainingModel.copy_extra_state`); `text` its text tower (`copy_text_state`), on rank 0 too; `encoder` the one
-    to ship, None for the one that the engine trains.
-    A checkpoint that cannot be written is a UserError on every rank; the ones before it stay, nothing of it is left.
-    """
-    final = compute_folder(run, state.step)
-    temporary = final.with_name(final.name + ".tmp")
-    if is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-    barrier()
-    encoder_state = engine.copy_state(encoder or engine.encoder)
-    failure: str | None = None
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        failure = str(error)
-    # A rank that cannot write must not leave the others waiting, so what went wrong is collected from all of them.
-    if not any(gather_objects(failure)):
-        failure = engine.save(temporary)
-        if is_main() and failure is None:
-            try:
-                write_bytes(temporary / "encoder.safetensors", save(encoder_state))
-                if extra:
-                    write_bytes(temporary / EXTRA, save(dict(extra)))
-                if text:
-                    write_bytes(temporary / TEXT, save(dict(text)))
-                write_facts(temporary / "encoder.json", facts)
-                training = {**asdict(state), "format": FORMAT, "world_size": get_world_size(), "config": dict(config)}
-                write_json(temporary / "training.json", {**training, "code_version": __version__})
-            except (OSError, RuntimeError) as error:
-                failure = f"{temporary}: {error}"
-    failures = [text for text in gather_objects(failure) if text]
-    if not failures and is_main():
-        failures = _complete(temporary, final)
-    failures = broadcast_object(failures)
-    if failures:
-        if is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"checkpoint of step {state.step} not written: {failures[0]}; the ones before it are whole: free some "
-            "space and start the same command again"
-        )
-    if is_main():
-        for old in list_checkpoints(run)[:-keep_last]:
-            shutil.rmtree(old)
-    barrier()
-    return final
 
 
 def find_checkpoint(run: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
@@ -173,8 +133,8 @@ def check_checkpoint(folder: Path) -> str | None:
 def load_checkpoint(folder: Path, engine: Engine, config: Mapping[str, Any], facts: EncoderFacts) -> TrainingState:
     """Bring `engine` to the state of a whole checkpoint; every rank must call it.
 
-    Raises UserError where the run that is about to go on differs from the one that was saved: another config key,
-    other shards, another number of ranks.
+    The number of ranks and the ZeRO stage may be others than when it was written. Raises UserError where the run that
+    is about to go on differs from the one that was saved in what matters: another config key, other shards.
     """
     training = read_json(folder / "training.json")
     if training["format"] != FORMAT:
@@ -194,11 +154,6 @@ def load_checkpoint(folder: Path, engine: Engine, config: Mapping[str, Any], fac
         raise UserError(
             f"{folder}: the samples changed since the run began: (source, num_kept, data_hash) was {saved} and is "
             f"now {now}; resume with the same shards in the same order, or start a new run with another --out"
-        )
-    if training["world_size"] != get_world_size():
-        raise UserError(
-            f"{folder}: written by {training['world_size']} ranks, this run has {get_world_size()}; start it with "
-            f"--nproc_per_node and --nnodes that make {training['world_size']} ranks"
         )
     engine.load(folder)
     salts = tuple((int(first), int(salt)) for first, salt in training["salts"])
@@ -253,6 +208,17 @@ def compute_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def read_step(folder: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def describe_writers(folder: Path) -> str:
+    """Which ranks wrote a whole checkpoint, in words."""
+    training = read_json(folder / "training.json")
+    return f"written by {training['world_size']} ranks under ZeRO {training['zero_stage']}"
+
+
 def _link(source: str, target: str) -> None:
     try:
         Path(target).hardlink_to(source)
@@ -262,23 +228,3 @@ def _link(source: str, target: str) -> None:
 
 def _identify(source: SourceFacts) -> tuple[str, int, str]:
     return source.source, source.num_kept, source.data_hash[:12]
-
-
-def _complete(temporary: Path, final: Path) -> list[str]:
-    """Write the manifest of a folder whose files are all on disk, and give it its name; returns what went wrong."""
-    try:
-        files = {
-            str(path.relative_to(temporary)): {"sha256": compute_file_sha256(path), "size": path.stat().st_size}
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
-        for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
-            sync_folder(folder)
-        write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
-        if final.exists():
-            shutil.rmtree(final)  # torn or tampered, else the run would have resumed from it
-        temporary.rename(final)
-        sync_folder(final.parent)
-    except OSError as error:
-        return [f"{temporary}: {error}"]
-    return []

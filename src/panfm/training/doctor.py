@@ -1,13 +1,14 @@
 """Is this machine ready to train? A few checks, each with what to do where it is not well. Nothing is changed.
 
-Everything together takes a few seconds; what a whole run will need is another question.
+    this process  ->  run_checks: versions, devices, threads, compiler, memory, disk, matrix rate
+
+Everything together takes a few seconds. What ranks are to each other, and what a run needs: doctor_ranks.py.
 """
 
 import os
 import platform
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,11 +17,11 @@ import psutil
 import torch
 
 from panfm.training.engine import EngineConfig, compute_num_threads
+from panfm.training.hardware import measure_matrix_rate
 
-PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "pyarrow", "safetensors")
+PACKAGES = ("panfm", "torch", "torchvision", "timm", "deepspeed", "webdataset", "pyarrow", "safetensors")
 LEAST_DISK_GIB = 5.0
 LEAST_MEMORY_GIB = 4.0
-MATRIX_SIZE = 512  # rows and columns of the matrices that are multiplied
 MATRIX_SECONDS = 0.3  # a precision
 
 
@@ -34,8 +35,8 @@ class Check:
     way_out: str = ""
 
 
-def run_checks() -> list[Check]:
-    """Look at versions, devices, threads, compiler, memory, disk and matrix rate; takes a few seconds."""
+def run_checks(folder: Path) -> list[Check]:
+    """Look at versions, devices, threads, compiler, memory, the disk of `folder`, matrix rate; takes a few seconds."""
     return [
         check_versions(),
         check_torch_pair(),
@@ -43,17 +44,22 @@ def run_checks() -> list[Check]:
         check_threads(),
         check_compiler(),
         check_memory(),
-        check_folder(Path.cwd()),
+        check_folder(folder),
         check_matrix_rate(),
     ]
 
 
 def check_versions() -> Check:
     """Python and the packages that a run stands on."""
-    found = {name: _find_version(name) for name in PACKAGES}
+    found = find_versions()
     missing = [name for name, version in found.items() if version is None]
-    detail = f"Python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in found.items() if v)
+    detail = ", ".join(f"{n} {v}" for n, v in found.items() if v)
     return Check("versions", not missing, detail, f"pip install {' '.join(missing)}" if missing else "")
+
+
+def find_versions() -> dict[str, str | None]:
+    """Versions that must be the same on all ranks, by name; None: not installed."""
+    return {"Python": platform.python_version(), **{name: _find_version(name) for name in PACKAGES}}
 
 
 def check_torch_pair() -> Check:
@@ -77,7 +83,7 @@ def check_devices() -> Check:
         return Check("devices", not cards, "no GPU: training runs on the CPU (gloo)", way_out if cards else "")
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     without_bf16 = not torch.cuda.is_bf16_supported()
-    way_out = "set engine.precision=fp32: these GPUs have no bf16" if without_bf16 else ""
+    way_out = "set engine.precision=fp16: these GPUs have no bf16" if without_bf16 else ""
     return Check("devices", not without_bf16, f"{len(names)} GPUs: {', '.join(sorted(set(names)))} (NCCL)", way_out)
 
 
@@ -121,24 +127,11 @@ def check_folder(folder: Path) -> Check:
 def check_matrix_rate() -> Check:
     """Matrix products in bf16 against fp32: some CPUs compute bf16 in software, many times slower."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates = {dtype: measure_matrix_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    rates = {dtype: measure_matrix_rate(dtype, device, MATRIX_SECONDS) for dtype in (torch.float32, torch.bfloat16)}
     ratio = rates[torch.bfloat16] / rates[torch.float32]
     detail = f"fp32 {rates[torch.float32] / 1e9:.0f}, bf16 {rates[torch.bfloat16] / 1e9:.0f} GFLOP/s ({ratio:.1f} x)"
     way_out = "" if ratio >= 1 else "set engine.precision=fp32: bf16 is slower on this machine"
     return Check("matrix rate", ratio >= 1, detail, way_out)
-
-
-def measure_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of square matrix products, measured for MATRIX_SECONDS after one product to warm up."""
-    left, right = torch.ones(2, MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device)
-    (left @ right).sum().item()
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < MATRIX_SECONDS:
-        for _ in range(4):
-            product = left @ right
-        product.sum().item()  # waits for the device
-        count += 4
-    return 2 * MATRIX_SIZE**3 * count / (time.perf_counter() - started)
 
 
 def _find_version(name: str) -> str | None:

@@ -3,11 +3,17 @@
     EngineConfig + OptimConfig  ->  DeepSpeed's dict (computed, never written by hand)  ->  Engine
     Engine.step(micro batches of this rank, lr)  ->  StepOutput (means over micro batches and ranks)
 
-The parameters stay fp32 at every precision; bf16 means that the forward pass runs under autocast. ZeRO 0 keeps the
-whole optimizer on every rank, 1 shards its state, 2 also the gradients. ZeRO 3, which shards the parameters too, is not
-offered: the encoder looks at visible patches only and for that uses its embedding's weights outside of the embedding's
-forward, where DeepSpeed does not gather them (tried: the backward pass meets an empty position embedding). Only the
-student and its heads are wrapped: a frozen teacher is no part of the module tree.
+The parameters stay fp32 at every precision; bf16 and fp16 mean that the forward pass runs under autocast. ZeRO 0 keeps
+the whole optimizer on every rank, 1 shards its state, 2 also the gradients, 3 also the parameters, which DeepSpeed then
+gathers around each module's forward and backward. Only the student and its heads are wrapped: a teacher is no part of
+the module tree.
+
+What ZeRO 3 asks of a model. Weights used outside of their own module's forward (the encoder's embedding, of which only
+visible patches are made; CLS; positions) DeepSpeed gathers when they are asked for by name during a forward, and keeps
+for the module that asked: `encoder.pos_embed`, not a loop over `parameters()`. And every module must return tensors in
+tuples or dicts: in an object of another kind DeepSpeed does not find the loss, so that in the backward pass nothing
+gathers the weights again (tried: it meets an empty position embedding). Whoever reads weights between steps, or
+computes with a part of the model, does so inside of `Engine.gather` or `Engine.whole`.
 """
 
 import ctypes
@@ -16,83 +22,41 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
-from panfm.config import config_class, merge
 from panfm.data.batch import Batch
 from panfm.distributed import (
     all_reduce_mean,
     get_local_rank,
-    get_local_world_size,
     get_rank,
     get_world_size,
-    is_launched,
 )
 from panfm.errors import UserError
 from panfm.files import compute_sha256
 from panfm.objectives.interface import Mean, Metric
 from panfm.optim import OptimConfig, build_optimizer, build_param_groups, set_lr
+from panfm.training.checkpoint_state import StatePart, copy_part, load_state
+from panfm.training.engine_config import (
+    AUTOCAST,
+    EngineConfig,
+    compute_deepspeed_config,
+    compute_num_micro_batches,
+    compute_num_threads,
+)
+from panfm.training.loss_scale import SMALLEST, LossScale, compute_next_loss_scale
 
-STATE_TAG = "state"  # DeepSpeed's folder inside a checkpoint
-MASKED_NORM = -1.0  # what DeepSpeed's ZeRO optimizers report instead of a norm that is not finite
+__all__ = ["Engine", "EngineConfig", "StepOutput", "compute_num_micro_batches", "compute_num_threads"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-# What DeepSpeed's own checkpoint files hold besides tensors and plain values. Everything else is refused at loading.
-SAFE_CLASSES = (
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
-
-# A number has one home: the DeepSpeed keys that our sections own, and the key to set instead.
-OWNED_KEYS = {
-    "train_batch_size": "engine.global_batch_size",
-    "train_micro_batch_size_per_gpu": "engine.micro_batch_size",
-    "gradient_accumulation_steps": "engine.global_batch_size and engine.micro_batch_size",
-    "gradient_clipping": "engine.clip_grad_norm",
-    "zero_optimization.stage": "engine.zero_stage",
-    "torch_autocast": "engine.precision",
-    "bf16": "engine.precision",
-    "fp16": "engine.precision",
-    "optimizer": "optim",
-    "scheduler": "schedule",
-    "zero_allow_untested_optimizer": "optim",
-    "wandb": "tracking",
-    "tensorboard": "tracking",
-    "csv_monitor": "tracking",
-}
-
-
-@config_class
-class EngineConfig:
-    """How a step is computed: sizes, precision, sharding."""
-
-    global_batch_size: int = Field(default=1024, ge=1)
-    """Samples an optimizer step, over all ranks and micro batches."""
-    micro_batch_size: int = Field(default=64, ge=1)
-    """Samples a forward pass on one rank: what fits into memory; the rest is gradient accumulation."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast with fp32 parameters, gradients and optimizer; fp32: everything in fp32."""
-    zero_stage: Literal[0, 1, 2] = 1
-    """1 shards the optimizer state over ranks at no extra communication, 2 also the gradients. On one rank, where there
-    is nothing to share, both run as 0."""
-    clip_grad_norm: float | None = Field(default=3.0, gt=0)
-    """Largest L2 norm of the whole gradient; null leaves it alone (the norm is measured either way)."""
-    compile: bool = False
-    """torch.compile every encoder block: faster on GPUs after a minute's wait; on CPUs it needs a C++ compiler."""
-    seed: int = Field(default=0, ge=0)
-    """Of the initial weights, the sample stream, the masks, the augmentation and stochastic depth."""
-    num_threads: int | None = Field(default=None, ge=1)
-    """CPU threads a rank; null: OMP_NUM_THREADS where you set it, else this machine's cores over its ranks."""
 
 
 @dataclass(frozen=True)
@@ -100,76 +64,15 @@ class StepOutput:
     """What one step says: means over its micro batches and all ranks; None: a mean of no example at all.
 
     `applied` is False where the loss or the gradient was not finite and the weights were therefore left alone;
-    grad_norm (before clipping) is None where it was not finite or not measured.
+    grad_norm (before clipping) is None where it was not finite. `skipped_by_scaler`: only fp16's loss scale was too
+    large, as happens now and then: it is smaller from the next step on, and nothing is wrong with the run.
     """
 
     loss: float
     metrics: dict[str, float | None]
     grad_norm: float | None
     applied: bool
-
-
-def compute_num_micro_batches(config: EngineConfig, world_size: int) -> int:
-    """Micro batches a step on each rank; UserError where the sizes do not divide."""
-    share = config.micro_batch_size * world_size
-    if config.global_batch_size % share:
-        better = max(round(config.global_batch_size / share), 1) * share
-        raise UserError(
-            f"engine.global_batch_size ({config.global_batch_size}) must be divisible by engine.micro_batch_size "
-            f"({config.micro_batch_size}) x world_size ({world_size}); try engine.global_batch_size={better}"
-        )
-    return config.global_batch_size // share
-
-
-def compute_deepspeed_config(config: EngineConfig, world_size: int, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute DeepSpeed's dict from ours and lay `extra` (the `deepspeed:` section) under it.
-
-    A key of `extra` that one of our own sections decides is a UserError that names the key to set instead.
-    """
-    for key, ours in OWNED_KEYS.items():
-        if _has_path(extra, key):
-            raise UserError(f"deepspeed.{key}: this is computed from {ours}; set that and remove the deepspeed key")
-    zero_stage = compute_zero_stage(config, world_size, extra)
-    computed: dict[str, Any] = {
-        "train_batch_size": config.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": compute_num_micro_batches(config, world_size),
-        # Stage 0 clips in Engine.step: DeepSpeed's own clipping there does not say what the norm was.
-        "gradient_clipping": (config.clip_grad_norm or 0.0) if zero_stage else 0.0,
-        "zero_optimization": {"stage": zero_stage},
-        "zero_allow_untested_optimizer": True,  # torch's AdamW is elementwise, so it may work on flat partitions
-        "torch_autocast": {
-            "enabled": config.precision == "bf16",
-            "dtype": "bfloat16",
-            # DeepSpeed would sum the gradients of these modules over ranks in bf16; an empty list keeps fp32 sums,
-            # so that the loss does not depend on the number of ranks beyond rounding.
-            "lower_precision_safe_modules": [],
-        },
-    }
-    return merge(extra, computed)
-
-
-def compute_zero_stage(config: EngineConfig, world_size: int, extra: Mapping[str, Any]) -> int:
-    """The ZeRO stage that runs: on one rank 1 and 2 shard nothing and cost copies (15 % of a ViT-Small step on CPU).
-
-    A `deepspeed.zero_optimization` section (offloading, for example) keeps the stage as it is configured.
-    """
-    return 0 if world_size == 1 and "zero_optimization" not in extra else config.zero_stage
-
-
-def compute_num_threads(config: EngineConfig) -> int:
-    """CPU threads for this rank.
-
-    torchrun sets OMP_NUM_THREADS=1 for its children where the user set nothing, which leaves most cores idle; so under
-    torchrun a 1 is taken for torchrun's. `engine.num_threads=1` asks for one thread there.
-    """
-    if config.num_threads is not None:
-        return config.num_threads
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and not (is_launched() and get_local_world_size() > 1 and asked == "1"):
-        return int(asked)
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
-    return max(num_cores // get_local_world_size(), 1)
+    skipped_by_scaler: bool = False
 
 
 def compute_step_seed(seed: int, step: int, rank: int) -> int:
@@ -190,25 +93,32 @@ def keep_freed_memory() -> None:
 
 
 class Engine:
-    """A model, its optimizer and DeepSpeed behind four verbs: step, copy_state, save, load."""
+    """A model, its optimizer and DeepSpeed: step; copy_part and load; gather, whole and copy_state to read weights."""
 
     def __init__(
         self, model: nn.Module, encoder: nn.Module, config: EngineConfig, optim: OptimConfig, extra: Mapping[str, Any]
     ) -> None:
         """Wrap `model`; `encoder` is the part of it whose learning rates may decay by layer.
 
-        The process group must stand. The model's forward takes a Batch and returns .loss (a scalar) and .metrics.
+        The process group must stand. The model's forward takes a Batch and returns a named tuple, in which DeepSpeed
+        looks for tensors, of .loss (a scalar) and .metrics.
         """
         self.config = config
         self.num_micro_batches = compute_num_micro_batches(config, get_world_size())
         settings = compute_deepspeed_config(config, get_world_size(), extra)
         self.zero_stage: int = settings["zero_optimization"]["stage"]
         groups = build_param_groups(model, encoder, optim)
+        # Counted before ZeRO 3 leaves empty tensors in their places.
+        self.num_parameters, self.num_encoder_parameters = (
+            sum(p.numel() for p in module.parameters()) for module in (model, encoder)
+        )
+        self._linear = functional.linear
         self._engine = _initialise_deepspeed(model, build_optimizer(groups, optim), settings)
+        # Its own loss scaler, if it made one, spoils updates under ZeRO: see loss_scale.py, which does the work here.
+        self._engine.torch_autocast_z0_gradscaler = self._engine.optimizer.torch_autocast_gradscaler = None
+        self.loss_scale: LossScale | None = LossScale() if config.precision == "fp16" else None
         if get_world_size() == 1 and self.zero_stage == 0:
             self._engine.enable_backward_allreduce = False  # else every gradient is copied to be summed over one rank
-        self._checkpoints = _build_checkpoint_engine()
-        self._engine.checkpoint_engine = self._checkpoints
         self.model = model
         self.encoder = encoder
         self._has_leftovers = False  # gradients of a step that was not applied
@@ -221,7 +131,7 @@ class Engine:
 
         The random state of every step is set from (seed, step, rank): the generators need no place in a checkpoint,
         and a resumed run draws what the first would have drawn. A loss that is not finite on any rank leaves the
-        weights alone on all of them.
+        weights alone on all of them, and nothing of the step stays.
         """
         assert len(micro_batches) == self.num_micro_batches, (len(micro_batches), self.num_micro_batches)
         self._seed(step)
@@ -229,11 +139,14 @@ class Engine:
         rows: list[Tensor] = []
         names: list[str] = []
         caches = self._cache_gradients(micro_batches, step)
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        if self.loss_scale is not None and self.zero_stage > 0:
+            self._engine.optimizer.override_loss_scale(scale)  # takes it off again where it measures, clips and updates
         for number, batch in enumerate(micro_batches, start=1):
             if caches:
                 self._seed(step, number)
             output = self._engine(batch.to(self.device), *caches[number - 1 : number])
-            self._engine.backward(output.loss)
+            self._engine.backward(output.loss * scale if self.zero_stage == 0 and scale != 1.0 else output.loss)
             names = sorted(output.metrics)
             rows.append(stack_sums(output.loss, [output.metrics[name] for name in names]))
             if number < len(micro_batches):
@@ -243,24 +156,53 @@ class Engine:
         metrics = dict(zip(names, means, strict=True))
         self._has_leftovers = True
         if not math.isfinite(loss):
+            self.discard()
             return StepOutput(loss, metrics, grad_norm=None, applied=False)
+        norm = self._update_whole(scale) if self.zero_stage == 0 else self._update_shards()
+        skipped = False
+        if self.loss_scale is not None:
+            metrics["loss_scale"] = scale
+            skipped = norm is None and scale > SMALLEST
+            self.loss_scale = compute_next_loss_scale(self.loss_scale, overflowed=norm is None)
+        return StepOutput(loss, metrics, norm, applied=norm is not None, skipped_by_scaler=skipped)
 
-        if self.zero_stage == 0:
-            # The gradients are whole and summed over ranks here. clip_grad_norm_ would rewrite them all even where the
-            # norm is below the limit.
-            parameters = list(self.model.parameters())
-            total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            norm = float(total)
-            if not math.isfinite(norm):
-                return StepOutput(loss, metrics, grad_norm=None, applied=False)
-            if norm > (self.config.clip_grad_norm or math.inf):
-                nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm or math.inf, total)
-            self._finish_step()
-            return StepOutput(loss, metrics, norm, applied=True)
+    def _update_whole(self, scale: float) -> float | None:
+        """Update from gradients that are whole and summed over ranks -> their norm; None: not finite, no update."""
+        # clip_grad_norm_ would rewrite the gradients even where the norm is below the limit.
+        parameters = list(self.model.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        total = nn.utils.get_total_norm(gradients)
+        norm, limit = float(total) / scale, self.config.clip_grad_norm or math.inf
+        if not math.isfinite(norm):
+            self.discard()
+            return None
+        if norm > limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit * scale, total)
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, 1 / scale)
         self._finish_step()
-        measured = self._engine.get_global_grad_norm()
-        norm = MASKED_NORM if measured is None else float(measured)
-        return StepOutput(loss, metrics, norm if norm >= 0 and math.isfinite(norm) else None, applied=True)
+        return norm
+
+    def _update_shards(self) -> float | None:
+        """The same where DeepSpeed measures and clips; it drops a gradient that is not finite by itself."""
+        self._finish_step()
+        norm = float(self._engine.get_global_grad_norm())
+        return norm if self._engine.was_step_applied() and norm >= 0 and math.isfinite(norm) else None
+
+    def discard(self) -> None:
+        """Drop what is left of a step that was not applied, so that the next one begins clean; every rank must call it.
+
+        Weights and optimizer stay as they are, its own count of steps too.
+        """
+        if not self._has_leftovers:
+            return
+        if self.zero_stage == 0:
+            self.model.zero_grad(set_to_none=True)  # AdamW passes over parameters without a gradient
+        else:  # DeepSpeed drops a gradient that is not finite; that of a loss that is not may yet be
+            for parts in self._engine.optimizer.averaged_gradients.values():
+                for part in parts or ():
+                    part.fill_(math.nan)
+        self._finish_step()
 
     def _finish_step(self) -> None:
         self._engine.step()
@@ -275,7 +217,8 @@ class Engine:
         if len(micro_batches) == 1 or not getattr(model, "comparing", None):
             return []
         represented, numbers = [], []
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        dtype = AUTOCAST[self.config.precision]
+        with self.whole(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             for number, batch in enumerate(micro_batches, start=1):
                 self._seed(step, number)  # as in the pass with gradients
                 there = batch.to(self.device)
@@ -284,34 +227,78 @@ class Engine:
             caches: list[Any] = model.cache_gradients(represented, numbers)
         return caches
 
-    def copy_state(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state dict of a part of the model as CPU copies (whole on every rank at every ZeRO stage offered)."""
-        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
+    @contextmanager
+    def gather(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Hold the weights of `modules` whole on every rank for the length of a `with`: to read, not to compute with.
 
-    def save(self, folder: Path) -> str | None:
-        """Write every rank's part of model and optimizer into `folder`/state; every rank must call it.
-
-        Returns what went wrong on this rank (a full disk), or None: an exception on one rank only would leave the
-        others waiting inside DeepSpeed.
+        Every rank must enter and leave. Below ZeRO 3 weights are always whole, and so is what is not in the engine.
         """
-        self._checkpoints.failure = None
-        self._engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
-        if get_rank() == 0:
-            for script in folder.glob("zero_to_*.py"):
-                script.unlink()  # DeepSpeed adds conversion scripts; a checkpoint holds data only
-        failure: str | None = self._checkpoints.failure
-        return failure
+        parameters = chain.from_iterable(module.parameters() for module in modules)
+        with self._gather(parameters if self.zero_stage == 3 else ()):
+            yield
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Hold all weights whole on every rank for the length of a `with`: each may run any part of the model, or none.
+
+        Without gradients, and not in the middle of a step. Every rank must enter and leave, and have room for all
+        weights. Below ZeRO 3 it does nothing.
+        """
+        if self.zero_stage < 3:
+            yield
+            return
+        offload = self._engine.optimizer.parameter_offload
+        offload.partition_all_parameters()  # one state to begin with, whatever the last step left whole
+        with self.gather([self.model]):
+            # Its hooks would shard each module's weights after its forward, and meet the other ranks to gather them.
+            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+                hook.remove()
+            offload.forward_hooks.clear()
+            offload.backward_hooks.clear()
+            try:
+                yield
+            finally:
+                offload._register_deepspeed_module(offload.module)
+
+    def copy_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """The state dict of a part of the model as CPU copies, whole on every rank; every rank must call it.
+
+        Under ZeRO 3 one tensor is gathered after the other: the device need not have room for all of them.
+        """
+        state: dict[str, Tensor] = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            with self._gather([tensor] if self.zero_stage == 3 else ()):
+                state[name] = tensor.detach().cpu().clone().contiguous()
+        return state
+
+    def _gather(self, tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
+        """DeepSpeed's context for those of `tensors` that are sharded now."""
+        import deepspeed
+
+        # Small ones stay whole between steps; leaving the context would shard them too. Buffers never are sharded.
+        sharded = [t for t in tensors if hasattr(t, "ds_status") and t.ds_status.name == "NOT_AVAILABLE"]
+        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(sharded)
+        return context
+
+    def copy_part(self) -> StatePart:
+        """This rank's part of weights, optimizer and loss scale, as copies that the next step leaves alone."""
+        return copy_part(
+            self.model,
+            self._engine.optimizer,
+            self.zero_stage,
+            rank=get_rank(),
+            world_size=get_world_size(),
+            loss_scale=None if self.loss_scale is None else asdict(self.loss_scale),
+        )
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, at the same world size and ZeRO stage; every rank must call it.
+        """Read the checkpoint `folder`, written by any number of ranks under any ZeRO stage; every rank must call it.
 
         Also after a step that was not applied: nothing of it stays.
         """
-        if self._has_leftovers:
-            # DeepSpeed holds its gradients and counts its micro batches; applying them now spoils what is read next.
-            self._finish_step()
-        path, _ = self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
-        assert path is not None, folder
+        self.discard()
+        loss_scale = load_state(folder, self.model, self._engine.optimizer, self.zero_stage, get_rank())
+        self.loss_scale = None if loss_scale is None else LossScale(**loss_scale)
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers and end the process group.
@@ -322,6 +309,7 @@ class Engine:
         import deepspeed
 
         self._engine.destroy()
+        functional.linear = self._linear
         deepspeed.comm.destroy_process_group()
 
 
@@ -367,40 +355,3 @@ def _quiet_deepspeed() -> Iterator[None]:
     finally:
         logging.disable(logging.NOTSET)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-
-
-def _build_checkpoint_engine() -> Any:
-    """DeepSpeed's torch checkpoint engine, made safe: loading runs no code, files reach the disk, failures are kept."""
-    from importlib import import_module
-
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
-    names = [name.rpartition(".") for name in SAFE_CLASSES]
-    safe = [getattr(import_module(module), name) for module, _, name in names]
-
-    class SafeCheckpointEngine(TorchCheckpointEngine):
-        failure: str | None = None
-
-        def save(self, state_dict: dict[str, Any], path: str) -> None:
-            try:
-                with Path(path).open("wb") as file:
-                    torch.save(state_dict, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-                self.failure = f"{path}: {' '.join(str(error).split())}"
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals(safe):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-    return SafeCheckpointEngine()
-
-
-def _has_path(values: Mapping[str, Any], path: str) -> bool:
-    node: Any = values
-    for part in path.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return False
-        node = node[part]
-    return True

@@ -36,8 +36,8 @@ from panfm.optim import OptimConfig, ScheduleConfig, check_schedule
 from panfm.progress import console
 from panfm.shards.index import Exclusion
 from panfm.tracking import TrackingConfig
-from panfm.training.checkpoint import CheckpointConfig
-from panfm.training.engine import Engine, EngineConfig
+from panfm.training.checkpoint import CheckpointConfig, describe_writers
+from panfm.training.engine import Engine, EngineConfig, compute_num_micro_batches
 from panfm.training.watch import MonitorConfig
 
 RESIZE_RATIO = 256 / 224  # evaluation resizes the short side to image_size times this, then crops the centre
@@ -81,6 +81,9 @@ def check_config(config: PretrainConfig, resume: str) -> None:
         )
     get_mask_config(config.objectives)
     get_ema_config(config.objectives)
+    for world_size in config.engine.world_sizes:
+        compute_num_micro_batches(config.engine, world_size)
+        check_accumulation(config, world_size)
 
 
 def check_accumulation(config: PretrainConfig, world_size: int) -> None:
@@ -153,7 +156,7 @@ def print_plan(
             f"source {source.source}: {source.num_kept:,} images kept, {source.num_excluded:,} excluded (test groups)"
             f"{audited}"
         )
-    num_encoder, num_all = (sum(p.numel() for p in m.parameters()) for m in (engine.encoder, engine.model))
+    num_encoder, num_all = engine.num_encoder_parameters, engine.num_parameters
     say(
         f"{config.encoder.name} at {config.encoder.image_size} px: {num_encoder / 1e6:.1f} M parameters, "
         f"{(num_all - num_encoder) / 1e6:.1f} M in heads that are thrown away"
@@ -164,7 +167,7 @@ def print_plan(
         f"ZeRO {engine.zero_stage}, {torch.get_num_threads()} threads a rank)"
     )
     if resumed is not None:
-        say(f"going on from {resumed}")
+        say(f"going on from {resumed}, {describe_writers(resumed)}")
 
 
 def say(text: str) -> None:

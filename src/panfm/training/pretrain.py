@@ -3,27 +3,25 @@
     shards -> loader -> micro batches -> PretrainingModel (encoder + objectives) -> loss -> engine -> checkpoints
                                                                                      -> metrics.jsonl, loss.png, wandb
 
-The run folder holds config.yaml (resolved), metrics.jsonl, loss.png, checkpoints/ and, where there are any,
-failed_samples-<rank>.jsonl and wandb/. The same call runs on one process and under torchrun. SIGTERM and SIGUSR1 end
-the run after the step in hand, saved.
+The run folder holds config.yaml (resolved), run.json (how it stands), metrics.jsonl, loss.png, checkpoints/ and, where
+there are any, failed_samples-<rank>.jsonl, stacks-<rank>.txt (of ranks that hung) and wandb/. The same call runs on one
+process and under torchrun. Whatever ends a run (endings.py) leaves a checkpoint from which the same call goes on.
 """
 
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 
 from panfm.config import to_plain, write_config
 from panfm.data.failures import FailureLog, read_failures, summarise_failures, trim_failures
-from panfm.data.loader import LoaderState, build_loader
+from panfm.data.loader import LoaderState
 from panfm.distributed import (
     all_reduce_mean,
     barrier,
@@ -34,24 +32,14 @@ from panfm.distributed import (
     is_main,
     process_group,
 )
-from panfm.encoder import facts as encoder_facts
-from panfm.encoder import load_encoder
-from panfm.encoder.initial import read_initial, start_from
 from panfm.errors import UserError
 from panfm.files import write_json
-from panfm.models.vit import build_vit, get_patch_grid
-from panfm.objectives.pretraining import (
-    RunLength,
-    build_pretraining_model,
-    get_mask_config,
-    get_teacher_addresses,
-    get_tokenizer_config,
-)
-from panfm.optim import compute_lr, compute_num_steps, is_encoder_frozen
-from panfm.progress import progress_bar
+from panfm.optim import compute_lr, is_encoder_frozen
+from panfm.progress import ShowRun, run_view
 from panfm.shards.index import Exclusion
-from panfm.tracking import append_metrics, open_wandb, trim_metrics, write_loss_curve
+from panfm.tracking import append_metrics, describe_record, open_wandb, trim_metrics, write_loss_curve
 from panfm.training.alarms import Alarm
+from panfm.training.build import build_run
 from panfm.training.checkpoint import (
     TrainingState,
     compute_folder,
@@ -60,23 +48,29 @@ from panfm.training.checkpoint import (
     load_checkpoint,
     read_extra_state,
     remove_checkpoints,
-    write_checkpoint,
 )
-from panfm.training.engine import Engine, compute_num_threads
+from panfm.training.checkpoint_writer import PendingCheckpoint, start_checkpoint
+from panfm.training.endings import (
+    EXIT_CODES,
+    Outcome,
+    catch_signals,
+    end_with_parent,
+    explain_lost,
+    read_next,
+    share_fault,
+)
+from panfm.training.engine import compute_num_threads
+from panfm.training.meters import Meters, read_energy
 from panfm.training.plan import (
     PretrainConfig,
-    check_accumulation,
     check_config,
-    check_local_size,
     describe_encoder,
     print_plan,
     say,
 )
-from panfm.training.watch import SNAPSHOTS, Watch, every
-
-Outcome = Literal["finished", "interrupted", "diverged", "alarmed"]
-# 75 is sysexits.h's EX_TEMPFAIL, "try again": what a scheduler requeues on. Under torchrun the agent reports its own.
-EXIT_CODES: dict[Outcome, int] = {"finished": 0, "interrupted": 75, "diverged": 4, "alarmed": 5}
+from panfm.training.runs import keep_state
+from panfm.training.watch import SNAPSHOTS, Look, Watch, every
+from panfm.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,8 @@ class PretrainSummary:
 
     @property
     def exit_code(self) -> int:
-        """0 finished; 75 interrupted by a signal, saved: start the same command again; 4 diverged; 5 alarmed."""
+        """0 finished; 75 interrupted by a signal, saved: start the same command again; 4 diverged; 5 alarmed; 7 shards
+        that cannot be read any more, saved. A rank that hangs does not return: it ends with 6."""
         return EXIT_CODES[self.outcome]
 
 
@@ -112,61 +107,21 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
 
     with ExitStack() as stack:
         stack.enter_context(process_group(device))
-        stop = stack.enter_context(_catch_signals())
-        check_accumulation(config, get_world_size())
+        stop = stack.enter_context(catch_signals())
+        end_with_parent()
         plain = to_plain(config)
-        objectives = config.objectives
-        encoder_config, batch_size, seed = config.encoder, config.engine.global_batch_size, config.engine.seed
-        num_steps = compute_num_steps(config.schedule, batch_size)
+        batch_size = config.engine.global_batch_size
 
-        # 1. The model: encoder and heads inside the engine, teachers outside.
-        vit = build_vit(encoder_config, seed)
-        initial = None if encoder_config.init is None else read_initial(encoder_config.init)
-        init_report = None if initial is None else start_from(vit, initial, encoder_config.init_random)
-        check_local_size(config, vit.patch_embed.patch_size[0])
-        teachers = {address: load_encoder(address, device=str(device)) for address in get_teacher_addresses(objectives)}
-        learned_from = [(encoder.address, encoder.facts) for encoder in teachers.values()]
-        if initial is not None:
-            learned_from.append((initial.source, initial.facts))
-        for name, known in learned_from:
-            if known is not None:  # what an encoder learned from, its pupils learn from too
-                encoder_facts.check_use(known, config.data.use, f"data.use ({config.data.use}): {name}")
-        model = build_pretraining_model(
-            vit,
-            objectives,
-            image_size=encoder_config.image_size,
-            mean=config.augment.mean,
-            std=config.augment.std,
-            teachers=teachers,
-            local_views=range(config.augment.views, config.augment.num_views),
-            length=RunLength(num_steps, batch_size),
-            seed=seed,
-        ).to(device)
-        if config.engine.compile:
-            for block in model.encoder.blocks:
-                block.compile()
+        # 1. The model, encoder and heads inside the engine, teachers outside; and the stream of samples.
+        built = build_run(config, excluded, device, stack)
+        model, loader, engine, num_steps = built.model, built.loader, built.engine, built.num_steps
+        init_report = built.init_report
 
-        # 2. The stream of samples: a pure function of (config, seed, salts, step); the state is a few numbers.
-        loader = stack.enter_context(
-            build_loader(
-                config.data,
-                config.mixture,
-                config.augment,
-                mask=get_mask_config(objectives),
-                mask_grid=get_patch_grid(model.encoder),
-                seed=seed,
-                global_batch_size=batch_size,
-                micro_batch_size=config.engine.micro_batch_size,
-                excluded=excluded.groups,
-                excluded_keys=excluded.keys,
-                tokenizer=get_tokenizer_config(objectives),
-            )
-        )
+        stack.enter_context(explain_lost())
+        watchdog = stack.enter_context(Watchdog(out, config.monitor.hang_seconds))
+        watchdog.begin("start", slow=True)
 
-        engine = Engine(model, model.encoder, config.engine, config.optim, config.deepspeed)
-        stack.callback(engine.close)
-
-        # 3. Where the run stands: at the beginning, or where its newest whole checkpoint left off.
+        # 2. Where the run stands: at the beginning, or where its newest whole checkpoint left off.
         state = TrainingState(step=0, samples_seen=0)
         facts = describe_encoder(config, plain, loader.sources, excluded)
         found = list_checkpoints(out)
@@ -205,7 +160,10 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             barrier()
             return num_kept
 
+        # Every rank measures its peak and its energy; what the folder says of the energy is read before it is cut back.
+        meters = Meters(config, device, kwh_before=read_energy(out, newest) if is_main() else 0.0)
         num_failed = num_failed_before = cut_back()
+        end = stack.enter_context(keep_state(out, num_steps)) if is_main() else None
         failed = FailureLog(out, get_rank())
         print_plan(config, loader.sources, engine, num_steps, newest)
         watch = Watch(config, model, loader, excluded, facts.transform, out)
@@ -214,36 +172,61 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
         num_discarded = watch.resume()  # samples that rollbacks threw away
         log_wandb = stack.enter_context(open_wandb(config.tracking, out, plain)) if is_main() else None
 
-        def save(run: Path = out, keep_last: int = config.checkpoint.keep_last) -> Path:
-            now = facts.model_copy(update={"step": state.step, "samples_seen": state.samples_seen})
+        pending: PendingCheckpoint | None = None  # the checkpoint that is being written while the loop goes on
+
+        @stack.callback
+        def wait() -> None:
+            """A run that ends with an error leaves no thread behind that still writes."""
+            if pending is not None:
+                pending.wait()
+
+        def finish() -> None:
+            """Wait for the pending checkpoint, if there is one, and complete it; every rank must call it."""
+            nonlocal pending, newest
+            if pending is not None:
+                watchdog.begin("the checkpoint that is being written", slow=True)
+                writing, pending = pending, None
+                newest = writing.finish()
+
+        def start_saving(run: Path = out, keep_last: int = config.checkpoint.keep_last) -> PendingCheckpoint:
+            finish()
+            watchdog.begin(f"checkpoint of step {state.step}", slow=True)
+            now = facts.model_copy(
+                update={"step": state.step, "samples_seen": state.samples_seen, "energy_kwh": meters.energy_kwh}
+            )
             failed.sync()
-            extra, text = (model.copy_extra_state(), model.copy_text_state()) if is_main() else (None, None)
-            return write_checkpoint(
+            extra = model.copy_extra_state() if is_main() else None
+            text = None if model.text_objective is None else engine.copy_state(model.text_objective)
+            return start_checkpoint(
                 run,
                 engine,
                 state,
                 config=plain,
                 facts=now,
                 keep_last=keep_last,
+                keep_every=config.checkpoint.keep_every if run == out else None,
                 extra=extra,
                 text=text,
                 encoder=model.exported_encoder,
             )
 
-        # 4. The loop.
+        def save(run: Path = out, keep_last: int = config.checkpoint.keep_last) -> Path:
+            return start_saving(run, keep_last).finish()
+
+        # 3. The loop.
         outcome: Outcome = "finished"
         loss: float | None = None
-        note = ""
+        shown: dict[str, str] = {}
         window_started, window_wait, window_steps = time.monotonic(), 0.0, 0
         start = LoaderState(state.step, state.salts)
         stream = loader.iterate(start, rank=get_rank(), world_size=get_world_size(), failed=failed)
-        advance = stack.enter_context(
-            progress_bar("pretraining", num_steps * batch_size, done=state.samples_seen)
-            if is_main()
-            else _no_progress()
+        show = stack.enter_context(
+            run_view("pretraining", num_steps * batch_size, done=state.samples_seen) if is_main() else _no_view()
         )
         back_to: Path | None = None  # the checkpoint from which the run goes on where it got into trouble
+        is_first = True  # step of this process: it compiles, and fills the loader
         while state.step < num_steps or back_to is not None:
+            watchdog.begin(f"step {state.step + 1}", slow=is_first or back_to is not None)
             if back_to is not None:  # as a resume from an earlier checkpoint, on other samples from there on
                 now, state, newest, back_to = state, load(back_to), back_to, None
                 number, of = now.salts[-1][1] + 1, config.monitor.alarm.max_rollbacks
@@ -259,33 +242,51 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                 loader.close()
                 start = LoaderState(state.step, state.salts)
                 stream = loader.iterate(start, rank=get_rank(), world_size=get_world_size(), failed=failed)
-                advance(state.samples_seen - now.samples_seen, note)
+                show(state.samples_seen - now.samples_seen, shown)
 
             asked = time.monotonic()
-            micro_batches = next(stream)
+            micro_batches, fault = read_next(stream)
             window_wait += time.monotonic() - asked
+            fault = share_fault(fault, device)  # a rank without its batch must not leave the others in theirs
+            if fault is not None:
+                outcome = "unreadable"
+                break
+            assert micro_batches is not None
 
             lr = compute_lr(config.optim, config.schedule, state.step, batch_size)
             model.begin_step(state.step)
             freeze_encoder = is_encoder_frozen(config.optim, state.step, batch_size)
             output = engine.step(micro_batches, step=state.step, lr=lr, freeze_encoder=freeze_encoder)
-            if not output.applied or output.grad_norm is None:
-                back_to = watch.find_way_back(state.step + 1, num_rollbacks=state.salts[-1][1])
-                if back_to is not None:
-                    say(f"step {state.step + 1}: loss {output.loss}, gradient norm {output.grad_norm}")
-                    continue
-                outcome = "diverged"
-                break
-            model.after_step(state.step)  # the EMA teacher follows what was applied, and nothing else
-            loss = output.loss
+            skipped = not output.applied
+            if skipped and not output.skipped_by_scaler:
+                say(f"step {state.step + 1}: loss {output.loss}, gradient norm {output.grad_norm}; weights left alone")
+                if not watch.may_skip(state.step + 1):
+                    finish()
+                    back_to = watch.find_way_back(state.step + 1, num_rollbacks=state.salts[-1][1])
+                    if back_to is not None:
+                        continue
+                    outcome = "diverged"
+                    break
+            if not skipped:
+                with engine.gather(model.followed):
+                    model.after_step(state.step)  # the EMA teacher follows what was applied, and nothing else
+                loss = output.loss
+            is_first = False
+            # A skipped step has drawn its samples: the stream and the schedules go on behind it.
             state = replace(state, step=state.step + 1, samples_seen=state.samples_seen + batch_size)
             window_steps += 1
 
-            look = watch.look(state.step, micro_batches)  # features, probe, pictures: whatever is due
+            watchdog.begin(f"look after step {state.step}", slow=True)
             alarms: list[Alarm] = []
+            try:  # what rank 0 cannot write must not leave the others waiting
+                with engine.whole() if watch.is_due(state.step) else nullcontext():
+                    look = watch.look(state.step, micro_batches)  # features, probe, pictures: whatever is due
+            except OSError as error:
+                look, fault = Look(), f"{out}: {error.strerror}"
             last = state.step == num_steps
-            if every(state.step, config.tracking.log_every) or look.numbers or last:
+            if every(state.step, config.tracking.log_every) or look.numbers or last or skipped:
                 seconds = time.monotonic() - window_started
+                images_per_second = window_steps * batch_size / seconds
                 record: dict[str, Any] = {
                     **look.numbers,
                     "step": state.step,
@@ -294,9 +295,10 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                     **output.metrics,
                     "lr": lr,
                     "grad_norm": output.grad_norm,
-                    "images_per_second": window_steps * batch_size / seconds,
+                    "images_per_second": images_per_second,
                     "data_wait_share": window_wait / seconds,
                     "memory_gib": measure_memory(device),
+                    **meters.read(images_per_second),
                 }
                 window_started, window_wait, window_steps = time.monotonic(), 0.0, 0
                 if log_wandb is not None:
@@ -304,23 +306,42 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                     if state.salts[-1][1]:
                         record |= {"rollbacks": state.salts[-1][1], "discarded_samples": num_discarded}
                     record["drawn"] = loader.count_drawn(LoaderState(state.step, state.salts))
-                    append_metrics(out / "metrics.jsonl", record)
-                    log_wandb(record | look.pictures)
+                    if skipped:
+                        record["skipped"] = "loss scale" if output.skipped_by_scaler else "not finite"
+                    try:
+                        append_metrics(out / "metrics.jsonl", record)
+                        log_wandb(record | look.pictures)
+                    except OSError as error:
+                        fault = f"{out / 'metrics.jsonl'}: {error.strerror}"
                     alarms = watch.judge(record)
-                note = f"loss {loss:.4f} lr {lr:.2e} data wait {record['data_wait_share']:.0%}"
-            advance(batch_size, note)
+                shown = describe_record(record)
+            show(batch_size, shown)
 
             # One exchange a step: whether a rank was asked to stop, how many samples failed on all of them, and how
-            # many alarms ring on rank 0.
-            told = (float(stop.requested), float(num_failed_before + failed.num_failed), float(len(alarms)))
-            means = all_reduce_mean(torch.tensor(told, dtype=torch.float64, device=device))
-            num_asked, num_failed, num_alarms = (round(total) for total in (means * get_world_size()).tolist())
+            # many alarms ring on rank 0, whether it could not write, whether each has written its part of the pending
+            # checkpoint, which energy each took.
+            has_written = pending is not None and pending.is_done
+            told = (stop.requested, num_failed_before + failed.num_failed, len(alarms), fault is not None, has_written)
+            is_due = every(state.step, config.checkpoint.save_every) or last  # a checkpoint says what it cost
+            numbers = (*map(float, told), meters.measure(now=is_due))
+            means = all_reduce_mean(torch.tensor(numbers, dtype=torch.float64, device=device))
+            *counts, joules = (means * get_world_size()).tolist()
+            num_asked, num_failed, num_alarms, num_faults, num_written = map(round, counts)
+            meters.set_total(joules)
             stopped = num_asked > 0
-            loader.check_failures(failed, num_failed, state.samples_seen)
+            try:
+                loader.check_failures(failed, num_failed, state.samples_seen)
+            except UserError:  # on all ranks alike
+                save()
+                raise
+            if num_faults:
+                newest = save()  # where that fails too, it says so itself
+                raise UserError(f"{share_fault(fault, device)}; saved {newest.name}: free some space and start again")
             if num_alarms:
                 alarms = broadcast_object(alarms)
                 for alarm in alarms:
                     say(f"alarm at step {state.step}: {alarm.text}")
+                finish()
                 watch.keep_snapshot(alarms, save)
                 back_to = watch.find_way_back(min(alarm.since for alarm in alarms), num_rollbacks=state.salts[-1][1])
                 if back_to is not None:
@@ -328,15 +349,27 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                 if config.monitor.alarm.action != "warn":
                     outcome = "alarmed"
                     break
-            if every(state.step, config.checkpoint.save_every) or stopped or last:
-                newest = save()
+            if num_written == get_world_size():
+                finish()
+            if is_due or stopped:
+                pending = start_saving()
                 if is_main():
-                    write_loss_curve(out / "metrics.jsonl", out / "loss.png", title=f"{out.name}: pretraining loss")
+                    with suppress(OSError):  # a picture is not worth a run: what is full shows at the next write
+                        write_loss_curve(out / "metrics.jsonl", out / "loss.png", title=f"{out.name}: pretraining loss")
+                if not config.checkpoint.background:
+                    finish()
             if stopped and not last:
                 outcome = "interrupted"
                 break
 
-        # 5. The end: a run that diverged keeps its last good weights, if they are still there.
+        # 4. The end: a run that diverged keeps its last good weights, if they are still there.
+        finish()
+        watchdog.begin("end", slow=True)
+        if outcome == "unreadable":
+            if state.step > 0 and newest != compute_folder(out, state.step):
+                newest = save()
+            kept = f"saved {newest.name}" if newest is not None else "nothing to save"
+            say(f"stopped after step {state.step}: {fault}; {kept}. Put it right, and the same command goes on")
         if outcome == "diverged":
             good = all(bool(torch.isfinite(tensor).all()) for tensor in engine.copy_state(model).values())
             if good and state.step > 0 and newest != compute_folder(out, state.step):
@@ -371,6 +404,10 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             loss=loss,
             seconds=time.monotonic() - started,
         )
+        if meters.energy_kwh is not None:
+            say(f"energy so far: {meters.energy_kwh:.4g} kWh ({meters.source})")
+        if end is not None:
+            end(outcome)
         if outcome == "finished":
             say(f"pretrained {state.step:,} steps, loss {_show(loss)}, {summary.seconds:.0f} s: {newest}")
     return summary
@@ -383,34 +420,9 @@ def measure_memory(device: torch.device) -> float:
     return float(psutil.Process().memory_info().rss) / 2**30
 
 
-class _StopRequest:
-    """Whether a signal asked the run to end."""
-
-    requested = False
-
-
 @contextmanager
-def _catch_signals() -> Iterator[_StopRequest]:
-    """SIGTERM and SIGUSR1 ask the loop to save and end; a second one has its usual effect and ends at once."""
-    stop = _StopRequest()
-    caught = (signal.SIGTERM, signal.SIGUSR1)
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-        for name in caught:
-            signal.signal(name, signal.SIG_DFL)
-
-    before = {name: signal.signal(name, request) for name in caught}
-    try:
-        yield stop
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
-@contextmanager
-def _no_progress() -> Iterator[Callable[..., None]]:
-    yield lambda count=1, note="": None
+def _no_view() -> Iterator[ShowRun]:
+    yield lambda count, numbers: None
 
 
 def _show(loss: float | None) -> str:

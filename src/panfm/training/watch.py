@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 SNAPSHOTS = "alarms"  # in the run folder: itself like a run's, with the checkpoints from before and at an alarm
 NUM_SNAPSHOTS = 4  # that stay
+SKIP_WINDOW = 100  # steps in which so many skipped ones are bad luck (monitor.alarm.max_skipped_steps)
 NUM_ATTENTION_IMAGES = 16  # a look: one attention matrix of ViT-L/16 at 224 px is 0.6 million numbers a head
 
 
@@ -70,6 +71,10 @@ class MonitorConfig:
     sources' cards all say `access: open`; all sends those of private archives as well."""
     alarm: AlarmConfig = Field(default_factory=AlarmConfig)
     """What counts as trouble, and what then happens."""
+    hang_seconds: float | None = Field(default=600.0, gt=0, le=1000.0)
+    """Seconds that a step, with the wait for its data, may take before the rank is taken to hang: every rank writes its
+    stacks and ends with code 6. Three times as long for the first step, checkpoints and looks. Far above any step, so
+    that only what never ends is ended; the upper bound lies below the timeout of collectives. null: wait for ever."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Watch:
         if is_main() and self.config.pictures_every:
             self.examples = choose_examples(loader, evaluation)
         self._started, self._seconds = time.monotonic(), 0.0
+        self._skipped: list[int] = []  # steps that were not finite, of the last SKIP_WINDOW
 
     def resume(self) -> int:
         """Judge anew from the records that metrics.jsonl holds: at a start, and after a rollback.
@@ -121,6 +127,7 @@ class Watch:
         records = read_metrics(self.out / "metrics.jsonl") if is_main() else []
         for record in records:
             self.alarms.judge(record)
+        self._skipped = broadcast_object([r["step"] for r in records if r.get("skipped") == "not finite"])
         return int(records[-1].get("discarded_samples", 0)) if records else 0
 
     def describe(self) -> list[str]:
@@ -132,6 +139,13 @@ class Watch:
                 f"and every {self.config.pictures_every:,}: {self.out / 'pictures'}"
             )
         return lines
+
+    def is_due(self, step: int) -> bool:
+        """Whether any rank looks at anything after `step`; the same on all. Under ZeRO 3 `look` needs whole weights."""
+        probe_every = 0 if self.config.probe is None else self.config.probe.every
+        at_first = probe_every or self.config.pictures_every
+        distances = (self.config.every, probe_every, self.config.pictures_every)
+        return bool(at_first and step == 1) or any(every(step, distance) for distance in distances)
 
     def look(self, step: int, micro_batches: Sequence[Batch]) -> Look:
         """Do what is due after `step`; every rank must call it. micro_batches: what this rank trained on in it.
@@ -179,6 +193,11 @@ class Watch:
             if earlier is not None:
                 link_checkpoint(earlier, self.out / SNAPSHOTS)
         save(self.out / SNAPSHOTS, NUM_SNAPSHOTS)
+
+    def may_skip(self, step: int) -> bool:
+        """Whether the run goes on where `step` changed nothing since it was not finite; the same on every rank."""
+        self._skipped = [*(skipped for skipped in self._skipped if skipped > step - SKIP_WINDOW), step]
+        return len(self._skipped) <= self.config.alarm.max_skipped_steps
 
     def find_way_back(self, since: int, *, num_rollbacks: int) -> Path | None:
         """The newest whole checkpoint from before step `since`, where a rollback is wanted and there were not too many.

@@ -1,0 +1,88 @@
+"""What a run's speed and energy come to, for its records: MFU, kilowatt-hours and CO2.
+
+    counted operations of a sample (flops.py), peak of all ranks (hardware.py), images a second  ->  mfu
+    joules of every rank (energy.py), what earlier parts of the run took                         ->  energy_kwh, co2_kg
+
+Every rank has Meters; only rank 0's sums are written down. What is not known is None.
+"""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from panfm.distributed import all_reduce_mean, barrier, get_world_size, is_main
+from panfm.encoder.facts import read_facts
+from panfm.tracking import read_metrics
+from panfm.training.energy import JOULES_PER_KWH, LEAST_SECONDS, EnergyMeter
+from panfm.training.flops import compute_run_cost
+from panfm.training.hardware import find_peak
+
+if TYPE_CHECKING:
+    from panfm.training.plan import PretrainConfig
+
+
+class Meters:
+    """Speed beside what is possible, and energy. Every rank must build it at the same time."""
+
+    def __init__(self, config: "PretrainConfig", device: torch.device, *, kwh_before: float | None = 0.0) -> None:
+        """kwh_before: what earlier parts of this run took, on rank 0; None: not known."""
+        self.sample_flops = compute_run_cost(config).sample_flops if is_main() else 0.0
+        barrier()  # ranks measure their peak together: what they reach beside each other is what the machine has
+        peak = find_peak(device, config.engine.precision)
+        self.peak: float | None = sum_over_ranks(peak, device)
+        """Operations a second of all ranks together, at best."""
+        self._meter = EnergyMeter(device)
+        self._grams_per_kwh = config.tracking.co2_g_per_kwh
+        self._kwh_before = kwh_before
+        self._joules: float | None = 0.0
+
+    def measure(self, *, now: bool = False) -> float:
+        """Joules of this rank so far, to be summed over ranks; NaN: not known. now: not a few seconds old."""
+        joules = self._meter.read(0.0 if now else LEAST_SECONDS)
+        return math.nan if joules is None else joules
+
+    def set_total(self, joules: float) -> None:
+        """Take the sum over ranks of what they measured."""
+        self._joules = joules if math.isfinite(joules) else None
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """Energy of the whole run, earlier parts and thrown away steps included; None: not known."""
+        if self._joules is None or self._kwh_before is None:
+            return None
+        return self._kwh_before + self._joules / JOULES_PER_KWH
+
+    @property
+    def source(self) -> str | None:
+        """How the energy was got: counters, or an estimate and what it assumes."""
+        return self._meter.source
+
+    def read(self, images_per_second: float) -> dict[str, float | str | None]:
+        """What a record says: the share of the peak (`mfu`), energy and how it was got, CO2."""
+        kwh = self.energy_kwh
+        return {
+            "mfu": None if self.peak is None else self.sample_flops * images_per_second / self.peak,
+            "energy_kwh": kwh,
+            "energy_source": self.source,
+            "co2_kg": None if kwh is None or self._grams_per_kwh is None else kwh * self._grams_per_kwh / 1e3,
+        }
+
+
+def read_energy(run: Path, checkpoint: Path | None) -> float | None:
+    """Kilowatt-hours that a run folder has cost so far: its last record, steps that come again included.
+
+    checkpoint: the one that the run goes on from, where its records are gone; None: the run begins.
+    """
+    known = [record.get("energy_kwh") for record in read_metrics(run / "metrics.jsonl")[-1:]]
+    if checkpoint is not None:
+        known.append(read_facts(checkpoint / "encoder.json").energy_kwh)
+    values = [value for value in known if value is not None]
+    return max(values) if values else (0.0 if checkpoint is None else None)
+
+
+def sum_over_ranks(value: float | None, device: torch.device) -> float | None:
+    """Sum over ranks of a number; None where a rank has none. Every rank must call it."""
+    total = all_reduce_mean(torch.tensor(math.nan if value is None else value, dtype=torch.float64, device=device))
+    return float(total) * get_world_size() if math.isfinite(float(total)) else None
