@@ -196,6 +196,7 @@ def write_trial(root: Path, trial: Trial, scored: Scored, wall_seconds: float) -
             direction=METRICS[name].direction,
             low=estimate.low,
             high=estimate.high,
+            method=estimate.method,
             reason=estimate.reason,
         )
         for name, estimate in estimates.items()

@@ -28,7 +28,7 @@ Direction = Literal["higher", "lower"]
 
 
 class MetricValue(BaseModel):
-    """One metric with its patient-clustered bootstrap interval; null with a reason where it is undefined."""
+    """One metric with its 95 % interval, which holds patients together; null with a reason where it is undefined."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -36,7 +36,8 @@ class MetricValue(BaseModel):
     direction: Direction
     low: float | None = None  # 95 % interval
     high: float | None = None
-    reason: str | None = None  # why the value or its interval is null
+    method: str | None = None  # how the interval was made: bootstrap, delong_logit, wilson, ...
+    reason: str | None = None  # why value or interval is null; beside an interval, why it may not cover what it says
 
 
 class TrainedOn(BaseModel):

@@ -280,6 +280,7 @@ def compute_chance(metric: str, shares: Floats) -> tuple[float, float]:
         "weighted_f1": largest * majority_f1,
         "macro_f1": majority_f1 / K,
         "kappa": 0.0,
+        "partial_auroc_above_80_sensitivity": 0.10,
         "sensitivity_at_90_specificity": 0.10,
         "sensitivity_at_95_specificity": 0.05,
         "brier": (1 - squares) / 2 if K == 2 else 1 - squares,
