@@ -14,7 +14,7 @@ REAL_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real images, or a skip with the reason."""
-    folder = Path(os.environ.get("PANFM_REAL_DATA", REAL_DATA))
+    folder = Path(os.environ.get("PANFM_REAL_DATA") or REAL_DATA)
     if not (folder / "README.md").is_file():
         pytest.skip(f"no real images: {folder} is absent (set PANFM_REAL_DATA to their folder)")
     return folder
