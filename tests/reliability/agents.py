@@ -1,11 +1,12 @@
-"""Runs under real torchrun agents, started by launch/torchrun.sh: one machine, and two of which one dies or is cut off.
+"""Runs under real torchrun agents, started by launch/torchrun.sh: one machine, and several of which one is lost.
 
-    one machine   SIGKILL to torchrun; SIGTERM or SIGUSR1 to the script, or to all processes of the job at once
-    two machines  NNODES=1:2; the second one's agent is killed, or its network goes away, mid-step and mid-save: the
-                  first goes on alone, the second comes back and joins, and in the end no sample is lost or repeated
+    one machine     SIGKILL to torchrun; SIGTERM or SIGUSR1 to the script, or to all processes of the job at once
+    two machines    NNODES=1:2; the second one's agent is killed, or its network goes away, mid-step and mid-save: the
+                    first goes on alone, the second comes back and joins, and in the end no sample is lost or repeated
+    three machines  the same with NNODES=1:3: the second one is killed mid-step, the third one cut off mid-save
 
-Each machine is a network namespace with one end of a virtual cable, where this may be set up (root); else both are
-processes on loopback, and to be cut off means that all processes of the second are stopped (SIGSTOP).
+Each machine is a network namespace with a virtual cable to a switch, where this may be set up (root); else all are
+processes on loopback, and to be cut off means that all processes of a machine are stopped (SIGSTOP).
 """
 
 import os
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -33,7 +35,9 @@ PATIENCE = 400.0  # seconds for whatever is awaited: a start under torchrun may 
 RENDEZVOUS = "keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=5"
 ELASTIC = (
     "encoder.drop_path_rate=0",  # it draws by rank
-    "schedule.total_samples=1200",  # 150 steps, so that the second machine has time to come back
+    "engine.global_batch_size=12",  # in micro batches of 2, so that it divides for one, two and three ranks
+    "engine.micro_batch_size=2",
+    "schedule.total_samples=1800",  # 150 steps, so that a lost machine has time to come back
     "monitor.hang_seconds=25",
 )
 STEP_SECONDS = "0.2"
@@ -41,34 +45,38 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH",
 
 
 class Network:
-    """Two namespaces with a cable between them; without the right to make them, loopback."""
+    """A namespace a machine, each with a cable to a switch in one more; without the right to make them, loopback."""
 
-    def __init__(self) -> None:
-        self.names = [f"panfm{os.getpid()}{end}" for end in "ab"]
-        self.ends = [f"pf{os.getpid() % 100_000}{end}" for end in "ab"]
-        a, b = self.names
+    def __init__(self, num_machines: int) -> None:
+        switch, *self.names = (f"panfm{os.getpid()}{end}" for end in "sabc"[: num_machines + 1])
+        self.ends = [f"pf{os.getpid() % 100_000}{end}" for end in "abc"[:num_machines]]
+        self._switch = switch
         commands = [
-            *(f"ip netns add {name}" for name in self.names),
-            f"ip link add {self.ends[0]} netns {a} type veth peer name {self.ends[1]} netns {b}",
-            *(f"ip -n {name} link set lo up" for name in self.names),
-            *(
-                f"ip -n {name} addr add {address}/24 dev {end}"
-                for name, address, end in zip(self.names, ("10.77.0.1", "10.77.0.2"), self.ends, strict=True)
-            ),
-            *(f"ip -n {name} link set {end} up" for name, end in zip(self.names, self.ends, strict=True)),
+            *(f"ip netns add {name}" for name in (switch, *self.names)),
+            f"ip -n {switch} link add bridge0 type bridge",
+            f"ip -n {switch} link set bridge0 up",
         ]
+        addresses = [f"10.77.0.{number}" for number in range(1, num_machines + 1)]
+        for name, end, address in zip(self.names, self.ends, addresses, strict=True):
+            commands += [
+                f"ip link add {end} netns {name} type veth peer name {end}s netns {switch}",
+                f"ip -n {switch} link set {end}s master bridge0 up",
+                f"ip -n {name} link set lo up",
+                f"ip -n {name} addr add {address}/24 dev {end}",
+                f"ip -n {name} link set {end} up",
+            ]
         self.has_namespaces = all(run_quietly(command) for command in commands)
-        self.addresses = ("10.77.0.1", "10.77.0.2") if self.has_namespaces else ("127.0.0.1", "127.0.0.1")
+        self.addresses = addresses if self.has_namespaces else ["127.0.0.1"] * num_machines
         if not self.has_namespaces:
             self.close()
 
-    def set_cable(self, state: str) -> None:
-        """Pull or plug the second machine's cable: "down" or "up"."""
-        assert run_quietly(f"ip -n {self.names[1]} link set {self.ends[1]} {state}")
+    def set_cable(self, machine: int, state: str) -> None:
+        """Pull or plug a machine's cable: "down" or "up"."""
+        assert run_quietly(f"ip -n {self.names[machine]} link set {self.ends[machine]} {state}")
 
     def close(self) -> None:
-        """Take the namespaces away, and the cable with them."""
-        for name in self.names:
+        """Take the namespaces away, and the cables with them."""
+        for name in (self._switch, *self.names):
             run_quietly(f"ip netns del {name}")
 
 
@@ -135,16 +143,6 @@ def run_trials(setting: Setting, folder: Path, kinds: list[str], seed: int) -> C
     return counts
 
 
-def run_two_machines_killed(setting: Setting, out: Path, rng: random.Random) -> tuple[int, str]:
-    """The second machine's agent is killed, and its rank with it."""
-    return run_two_machines(setting, out, rng, how="killed")
-
-
-def run_two_machines_cut(setting: Setting, out: Path, rng: random.Random) -> tuple[int, str]:
-    """The second machine loses its network."""
-    return run_two_machines(setting, out, rng, how="cut off")
-
-
 def run_one_machine(setting: Setting, out: Path, rng: random.Random) -> tuple[int, str]:
     """Two ranks under one agent: kill the agent; signal the script; signal the whole job at once."""
     whole = train_whole(setting, out.with_name("whole-agent"), rng)
@@ -184,20 +182,25 @@ def run_one_machine(setting: Setting, out: Path, rng: random.Random) -> tuple[in
     return count, compare(out, whole) if code == 0 else f"code {code} at the end"
 
 
-def run_two_machines(setting: Setting, out: Path, rng: random.Random, *, how: str) -> tuple[int, str]:
-    """One rank each on two machines; the second one is lost and comes back, twice: mid-step and mid-save."""
+def run_machines(
+    setting: Setting, out: Path, rng: random.Random, *, num_machines: int, losses: tuple[str, str]
+) -> tuple[int, str]:
+    """One rank each on several machines; one is lost and comes back, mid-step, and then another one, mid-save.
+
+    losses: how each is lost, "killed" (its agent, and its rank with it) or "cut off" (from the network).
+    """
     whole = train_whole(setting, out.with_name("whole-elastic"), rng, *ELASTIC)
-    network = Network()
+    network = Network(num_machines)
     if not network.has_namespaces:
-        print("no network namespaces may be made here: both machines are on loopback", flush=True)
+        print("no network namespaces may be made here: all machines are on loopback", flush=True)
     port = find_port()
-    agents: list[Agent] = []
+    started: list[Agent] = []
     count = 0
 
     def start(machine: int) -> Agent:
         own = {} if not network.has_namespaces else {"GLOO_SOCKET_IFNAME": network.ends[machine]}
         environment = {
-            "NNODES": "1:2",
+            "NNODES": f"1:{num_machines}",
             "HEAD": network.addresses[0],
             "PORT": str(port),
             "ADDRESS": network.addresses[machine],
@@ -207,35 +210,36 @@ def run_two_machines(setting: Setting, out: Path, rng: random.Random, *, how: st
             **HOOKED,
         }
         namespace = network.names[machine] if network.has_namespaces else None
-        log = out.with_name(f"{out.name}-{'ab'[machine]}.log")
-        agents.append(Agent(setting, out, log, *ELASTIC, ranks=1, environment=environment, namespace=namespace))
-        return agents[-1]
+        log = out.with_name(f"{out.name}-{'abc'[machine]}.log")
+        started.append(Agent(setting, out, log, *ELASTIC, ranks=1, environment=environment, namespace=namespace))
+        return started[-1]
 
     try:
-        first, second = start(0), start(1)
-        wait_until(lambda: read_step(out) >= 3, first)
-        for when in ("step", "save"):
-            wait_for_moment(out, when, first, rng)
+        agents = [start(machine) for machine in range(num_machines)]
+        wait_until(lambda: read_world_size(out) == num_machines, agents[0])
+        for number, (when, how) in enumerate(zip(("step", "save"), losses, strict=True)):
+            lost = 1 + number % (num_machines - 1)  # never the first, which holds the rendezvous
+            wait_for_moment(out, when, agents[0], rng)
             count += 1
             if how == "killed":
-                second.look()
-                second.find_torchrun().kill()
+                agents[lost].look()
+                agents[lost].find_torchrun().kill()
             elif network.has_namespaces:
-                network.set_cable("down")
+                network.set_cable(lost, "down")
             else:
-                for process in second.look():
+                for process in agents[lost].look():
                     process.suspend()
-            wait_until(lambda: read_world_size(out) == 1, first)
-            second.kill_all()
+            wait_until(lambda: read_world_size(out) == num_machines - 1, agents[0])
+            agents[lost].kill_all()
             if how == "cut off" and network.has_namespaces:
-                network.set_cable("up")
-            second = start(1)
-            wait_until(lambda: read_world_size(out) == 2, first)
-        codes = [agent.process.wait(PATIENCE) for agent in (first, second)]
+                network.set_cable(lost, "up")
+            agents[lost] = start(lost)
+            wait_until(lambda: read_world_size(out) == num_machines, agents[0])
+        codes = [agent.process.wait(PATIENCE) for agent in agents]
     except (TimeoutError, subprocess.TimeoutExpired) as error:
         return max(count, 1), str(error)
     finally:
-        for agent in agents:
+        for agent in started:
             agent.kill_all()
         network.close()
     return count, compare(out, whole) if codes[0] == 0 else f"codes {codes} at the end"
@@ -295,7 +299,8 @@ def run_quietly(command: str) -> bool:
 
 TRIALS: dict[str, Callable[[Setting, Path, random.Random], tuple[int, str]]] = {
     "one_machine": run_one_machine,
-    "two_machines_killed": run_two_machines_killed,
-    "two_machines_cut": run_two_machines_cut,
+    "two_machines_killed": partial(run_machines, num_machines=2, losses=("killed", "killed")),
+    "two_machines_cut": partial(run_machines, num_machines=2, losses=("cut off", "cut off")),
+    "three_machines": partial(run_machines, num_machines=3, losses=("killed", "cut off")),
 }
 HOOKED = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "site"), os.environ.get("PYTHONPATH", "")])}

@@ -1,6 +1,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -241,7 +242,7 @@ def test_dropout_repeats_by_step_whatever_came_before() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_fp16_finds_its_loss_scale_and_learns_nearly_the_same(zero_stage: int) -> None:
+def test_fp16_finds_its_loss_scale_and_learns_nearly_the_same(zero_stage: int, tmp_path: Path) -> None:
     """The gradient of the scaled loss overflows at first: such steps change nothing but the scale."""
     with process_group(torch.device("cpu")):
         model = build_student()
@@ -264,7 +265,11 @@ def test_fp16_finds_its_loss_scale_and_learns_nearly_the_same(zero_stage: int) -
                 assert engine.loss_scale == LossScale(scale.value / 2)
                 num_skipped += 1
         assert 0 < num_skipped < 16
-        weights = engine.copy_state(model)
+        weights, scale = engine.copy_state(model), engine.loss_scale
+        engine.copy_part().write(tmp_path)
+        engine.loss_scale = LossScale()
+        engine.load(tmp_path)
+        assert engine.loss_scale == scale != LossScale()
         engine.close()
     plain = train_plainly()
     assert [output.loss / 64 for output in ours] == pytest.approx(plain[0], rel=5e-3)
@@ -310,6 +315,9 @@ def test_the_deepspeed_section_adds_but_does_not_contradict() -> None:
         EngineConfig(zero_stage=3, precision="fp16"), 4, {"zero_optimization": {"stage3_max_live_parameters": 10**6}}
     )
     assert sharded["zero_optimization"] == {"stage3_max_live_parameters": 10**6, "stage": 3}
+    for key in ("offload_optimizer", "offload_param"):
+        with pytest.raises(UserError, match=rf"{key}\.device: nvme keeps .* device: cpu"):
+            compute_deepspeed_config(EngineConfig(zero_stage=3), 4, {"zero_optimization": {key: {"device": "nvme"}}})
     with pytest.raises(
         UserError, match=r"engine\.compile=true with engine\.zero_stage=3: .* set engine\.compile=false"
     ):

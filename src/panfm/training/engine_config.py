@@ -96,6 +96,12 @@ def compute_deepspeed_config(config: EngineConfig, world_size: int, extra: Mappi
                 f"deepspeed.zero_optimization.{key}: only ZeRO 3 looks at it and engine.zero_stage is "
                 f"{config.zero_stage}; set engine.zero_stage=3, or remove the key"
             )
+    for key in ("offload_optimizer", "offload_param"):
+        if _has_path(extra, f"zero_optimization.{key}.device") and extra["zero_optimization"][key]["device"] == "nvme":
+            raise UserError(
+                f"deepspeed.zero_optimization.{key}.device: nvme keeps numbers where a checkpoint does not find them; "
+                "use device: cpu"
+            )
     dtype = AUTOCAST[config.precision]
     zero_stage = compute_zero_stage(config, world_size, extra)
     if config.compile and zero_stage == 3:
