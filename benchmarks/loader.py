@@ -22,7 +22,6 @@ import argparse
 import csv
 import functools
 import io
-import json
 import os
 import statistics
 import sys
@@ -41,6 +40,7 @@ import psutil
 import torch
 import webdataset
 from PIL import Image
+from rows import Row, write_rows
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
@@ -59,17 +59,6 @@ CROP_SCALE = (0.2, 1.0)
 BORDER_BATCH = 64
 PREFETCH = 2
 GRAIN = 5.0  # grey levels, see the docstring
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; a ratio above 1 means that panfm is better."""
-
-    name: str
-    ours: float
-    peer: float
-    ratio: float
-    unit: str
 
 
 @dataclass(frozen=True)
@@ -436,8 +425,7 @@ def main() -> None:
     print(f"{'':<{width}}  {'panfm / peer':>12}  {'panfm':>10}  {'peer':>10}")
     for row in rows:
         print(f"{row.name:<{width}}  {row.ratio:>12.2f}  {row.ours:>10.1f}  {row.peer:>10.1f}  {row.unit}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
+    write_rows(arguments.json, rows)
 
 
 def describe(root: Path, archive: Archive) -> None:

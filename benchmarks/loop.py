@@ -12,7 +12,6 @@ There is no peer: the second column is the goal, and a ratio above 1 means that 
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import psutil
 from loader import ARCHIVES, build_set, draw_archive
+from rows import Row, write_rows
 
 from panfm.config import validate
 from panfm.data.batch import Batch
@@ -36,17 +36,6 @@ from panfm.training.pretrain import pretrain
 LOOP_GOAL, WAIT_GOAL = 0.01, 0.03  # shares of the step
 WARM_UP = 4  # steps: the workers start and fill their buffers
 LOG_EVERY = 2  # in the run that is measured
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; a ratio above 1 means that the goal is kept."""
-
-    name: str
-    ours: float
-    peer: float
-    ratio: float
-    unit: str
 
 
 @dataclass
@@ -186,8 +175,7 @@ def main() -> None:
     print(f"{'':<42}  {'ratio':>7}  {'panfm':>9}  {'goal':>9}")
     for row in rows:
         print(f"{row.name:<42}  {row.ratio:>7.2f}  {row.ours:>9.4f}  {row.peer:>9.4f}  {row.unit}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

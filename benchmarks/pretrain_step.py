@@ -15,7 +15,6 @@ not estimated: every matrix product and convolution of forward and backward. A c
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rows import Row, write_rows
 from torch import Tensor, nn
 
 from panfm.data.batch import NO_GROUP, Batch
@@ -74,17 +74,6 @@ class Setting:
     @property
     def num_patches(self) -> int:
         return (self.image_size // PATCH) ** 2
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; a ratio above 1 means that panfm is better."""
-
-    name: str
-    ours: float
-    peer: float
-    ratio: float
-    unit: str
 
 
 QUICK = (Setting("vit_small_patch16_224", 224, 16, 1, (OURS, FUSED, EXPLICIT), 3),)
@@ -314,8 +303,7 @@ def main() -> None:
     print(f"{'':<78}  {'ratio':>6}  {'panfm':>8}  {'peer':>8}")
     for row in rows:
         print(f"{row.name:<78}  {row.ratio:>6.2f}  {row.ours:>8.2f}  {row.peer:>8.2f}  {row.unit}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,15 @@ fold, and writes down in test_opened.json when and for what; afterwards only the
 
 import argparse
 import datetime
-import json
 import os
 import signal
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from recipes_compare import WEIGHTS, compare, compute_cells, evaluate_all, show
 from recipes_train import UNTRAINED, Plan, identify, start, train_all, wait
+from rows import write_rows
 
 from panfm.evaluation.protocol import EvaluatedOn
 from panfm.files import read_json, write_json
@@ -157,8 +157,7 @@ def main() -> None:
     print(f"\nfold: {evaluate_on}; {plan.minutes:g} minutes a training; {len(plan.seeds)} seeds")
     for line in show(plan, cells, rows):
         print(line)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

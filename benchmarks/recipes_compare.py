@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from recipes_train import PEERS, UNTRAINED, Plan
+from rows import Row
 
 from panfm.evaluation.protocol import EvaluatedOn
 from panfm.evaluation.results import Result, read_results
@@ -123,14 +124,9 @@ def compute_cells(plan: Plan, names: dict[str, list[str]], evaluate_on: Evaluate
 
 
 @dataclass(frozen=True)
-class Row:
-    """One paired comparison of the task's primary metric; ratio above 1 = better."""
+class Comparison(Row):
+    """One paired comparison of the task's primary metric."""
 
-    name: str
-    ours: float
-    peer: float
-    ratio: float
-    unit: str
     difference: float
     low: float | None  # 95 % over resampled patients, of the mean over draws and seeds
     high: float | None
@@ -141,7 +137,7 @@ class Row:
     peer_recipe: str
 
 
-def compare(cells: Sequence[Cell]) -> list[Row]:
+def compare(cells: Sequence[Cell]) -> list[Comparison]:
     """Every recipe against those of COMPARED_WITH, on the same replicates."""
     at = {(cell.recipe, cell.task, cell.protocol, cell.fraction): cell for cell in cells}
     rows = []
@@ -152,7 +148,7 @@ def compare(cells: Sequence[Cell]) -> list[Row]:
                 continue
             interval = compute_interval(cell.replicates - peer.replicates, cell.num_groups)
             rows.append(
-                Row(
+                Comparison(
                     name=f"{cell.task}, {cell.protocol}, {cell.fraction:.0%}: {cell.recipe} - {peer_recipe}",
                     ours=cell.value,
                     peer=peer.value,
@@ -171,7 +167,7 @@ def compare(cells: Sequence[Cell]) -> list[Row]:
     return rows
 
 
-def show(plan: Plan, cells: Sequence[Cell], rows: Sequence[Row]) -> Iterator[str]:
+def show(plan: Plan, cells: Sequence[Cell], rows: Sequence[Comparison]) -> Iterator[str]:
     """The tables, line by line: what was trained, each task's primary metric, paired differences."""
     recipes = list(dict.fromkeys([*plan.recipes, *(cell.recipe for cell in cells)]))
     width = max(map(len, recipes))

@@ -13,7 +13,6 @@ cores, caches and other work on the machine stretch the seconds.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import socket
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from pretrain_step import QUICK as STEP_SETTINGS
 from pretrain_step import Setting, build_ours, draw_batch
+from rows import Row, write_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,17 +41,6 @@ SETTING = replace(STEP_SETTINGS[0], batch_size=4, rounds=7)  # images a rank
 QUICK = Setting("vit_tiny_patch16_224", 64, 2, 1, (), rounds=3)
 STAGES = (0, 1, 2, 3)
 SIZES = (1, 2, 3)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; a ratio of 1 means that the model agrees with what was seen."""
-
-    name: str
-    ours: float
-    peer: float
-    ratio: float
-    unit: str
 
 
 @dataclass(frozen=True)
@@ -175,8 +164,7 @@ def main() -> None:
     print(f"{'':<26}  {'ratio':>6}  {'model':>9}  {'seen':>9}")
     for row in rows:
         print(f"{row.name:<26}  {row.ratio:>6.2f}  {row.ours:>9.3f}  {row.peer:>9.3f}  {row.unit}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

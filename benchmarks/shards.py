@@ -13,7 +13,6 @@ interleaved, medians. Images are drawn, with the grain of a sensor; `--images` a
 import argparse
 import csv
 import io
-import json
 import os
 import shutil
 import statistics
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
@@ -30,6 +28,7 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_N
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
+from rows import Row, write_rows
 
 from panfm.shards.cards import SourceCard
 from panfm.shards.synthetic import write_archive
@@ -41,17 +40,6 @@ SHORT_SIDE = 512
 SIZES = ((1024, 768, 4.0), (2000, 1500, 1.5), (3000, 2000, 1.5))
 FILTERS = {"Lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
 MEMORY_SIZES = (2_000, 20_000, 200_000)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; a ratio above 1 means that panfm is better."""
-
-    name: str
-    ours: float
-    peer: float
-    ratio: float
-    unit: str
 
 
 def draw_archive(root: Path, size: tuple[int, int], grain: float, num_images: int) -> None:
@@ -242,8 +230,7 @@ def main() -> None:
             print_rows([])
             for name, root in archives:
                 rows += print_rows(measure(name, root, num_rows, rounds))
-    if arguments.json:
-        arguments.json.write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,10 @@ from panfm.training.checkpoint import CheckpointConfig
 from panfm.training.energy import JOULES_PER_KWH, EnergyMeter
 from panfm.training.engine import compute_num_threads
 from panfm.training.flops import RunCost, compute_run_cost
-from panfm.training.hardware import find_peak
+from panfm.training.hardware import find_peak, measure_memory
 from panfm.training.memory import STAGES, SavedTensors, compute_checkpoint_bytes, compute_state_bytes
 from panfm.training.meters import sum_over_ranks
 from panfm.training.plan import PretrainConfig, check_config, print_plan, say
-from panfm.training.pretrain import measure_memory
 
 GB = 1e9
 OTHER_WORLD_SIZE = 8  # ranks of the table's second part: one node of most clusters

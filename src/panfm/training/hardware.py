@@ -2,6 +2,7 @@
 
     GPU   ->  published figures, by the name that the driver gives it   ->  operations a second, watts, GiB
     CPU   ->  matrix products, measured here                            ->  operations a second
+    what a run holds of it                                              ->  GiB
 
 MFU, predicted hours and estimated energy stand on these numbers. A device that is in no table has none: null, not a
 guess. The rate of a CPU is measured, because its datasheet says nothing about bf16 in software or a shared machine.
@@ -11,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+import psutil
 import torch
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -95,3 +97,10 @@ def measure_matrix_rate(dtype: torch.dtype, device: torch.device, seconds: float
         (left @ right)[0, 0].item()  # waits for the device
         fastest = min(fastest, time.perf_counter() - began)
     return 2 * MATRIX_SIZE**3 / fastest
+
+
+def measure_memory(device: torch.device) -> float:
+    """Memory of this rank in GiB: the most that tensors took on a GPU, else what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30

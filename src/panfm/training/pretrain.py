@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from panfm.config import to_plain, write_config
@@ -60,6 +59,7 @@ from panfm.training.endings import (
     share_fault,
 )
 from panfm.training.engine import compute_num_threads
+from panfm.training.hardware import measure_memory
 from panfm.training.meters import Meters, read_energy
 from panfm.training.plan import (
     PretrainConfig,
@@ -411,13 +411,6 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
         if outcome == "finished":
             say(f"pretrained {state.step:,} steps, loss {_show(loss)}, {summary.seconds:.0f} s: {newest}")
     return summary
-
-
-def measure_memory(device: torch.device) -> float:
-    """Memory of this rank in GiB: the most that tensors took on a GPU, else what the process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return float(psutil.Process().memory_info().rss) / 2**30
 
 
 @contextmanager
