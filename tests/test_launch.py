@@ -11,7 +11,7 @@ import yaml
 
 from panfm.cli.main import app
 from panfm.config import load_config
-from panfm.evaluation.run import EvaluateConfig
+from panfm.evaluation.run_config import EvaluateConfig
 from panfm.files import CHECKOUT, find_resource
 from panfm.training.endings import EXIT_CODES, EXIT_HUNG, EXIT_LOST
 from panfm.training.plan import PretrainConfig

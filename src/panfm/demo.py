@@ -14,7 +14,8 @@ from typing import TypeVar
 from panfm.config import load_config
 from panfm.encoder.export import export_encoder
 from panfm.evaluation.leaderboard import build_leaderboard, format_table
-from panfm.evaluation.run import EvaluateConfig, run_evaluation
+from panfm.evaluation.run import run_evaluation
+from panfm.evaluation.run_config import EvaluateConfig
 from panfm.evaluation.splits import compute_excluded
 from panfm.progress import console, print_output
 from panfm.shards.cards import load_card

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
@@ -20,6 +21,17 @@ LINE_EVERY_SECONDS = 15.0
 PIPED_WIDTH = 160  # columns of a table that goes into a file or a log
 
 console = Console(stderr=True)
+_is_muted: ContextVar[bool] = ContextVar("is_muted", default=False)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Show no bars inside: for work in one of several processes, whose bars would cross each other."""
+    token = _is_muted.set(True)
+    try:
+        yield
+    finally:
+        _is_muted.reset(token)
 
 
 class Advance(Protocol):
@@ -29,9 +41,16 @@ class Advance(Protocol):
         """Advance the bar by `count` items and show `note` behind it."""
 
 
+def _advance_nothing(count: int = 1, note: str = "") -> None:
+    """The bar of muted work."""
+
+
 @contextmanager
 def progress_bar(description: str, total: int | None, *, unit: str = "images", done: int = 0) -> Iterator[Advance]:
     """Show the progress of `total` items of `unit` (None: unknown), `done` of which were done before (resumed work)."""
+    if _is_muted.get():
+        yield _advance_nothing
+        return
     started = time.monotonic()
     count_done = done
 

@@ -16,7 +16,8 @@ from panfm.encoder.export import export_encoder
 from panfm.encoder.facts import SourceFacts
 from panfm.encoder.load import load_encoder
 from panfm.errors import UserError
-from panfm.evaluation.run import EvaluateConfig, run_evaluation
+from panfm.evaluation.run import run_evaluation
+from panfm.evaluation.run_config import EvaluateConfig
 from panfm.evaluation.splits import load_split
 from panfm.evaluation.tasks import load_task
 from panfm.features import compute_features

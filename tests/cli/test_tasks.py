@@ -70,7 +70,7 @@ def test_every_synthetic_task_is_checked_on_one_screen(drawn: dict[str, Path], p
     assert code == 0 and set(held) == set(list_tasks())
     assert {name for name, state in held.items() if state == "here"} == set(tasks)
     families = [line for line in listed.splitlines() if line and not line.startswith(" ")]
-    assert families == [family for family in get_args(Family) if family in families] and len(families) == 10
+    assert families == [family for family in get_args(Family) if family in families] and len(families) == 11
 
 
 def test_what_a_user_gets_wrong_is_one_clear_line(panfm: Panfm, tmp_path: Path) -> None:

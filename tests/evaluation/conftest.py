@@ -81,6 +81,31 @@ def clinic(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return build(tmp_path_factory.mktemp("clinic"), list_rows())
 
 
+@pytest.fixture(scope="session")
+def hospitals(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """The archive with its patients in three hospitals, one image of unknown origin, a second reader's diagnosis."""
+    rows = list_rows()
+    for row in rows:
+        patient = int(row["patient"][1:])
+        row["hospital"] = ("North", "South", "West")[patient % 5 % 3]
+        row["second"] = {"naevus": "melanoma", "melanoma": "naevus"}.get(row["diagnosis"], "wart")
+        if patient % 4:  # the second reader agrees on three patients of four, and skips the unread
+            row["second"] = row["diagnosis"]
+    rows[1]["hospital"] = ""
+    columns = {**SOURCE["columns"], "institution": "hospital"}  # type: ignore[dict-item]
+    columns_of = {"diagnosis": "diagnosis", "diagnosis@second": "second", "diagnosis@original": "second"}
+    labels = {name: {"column": column} for name, column in columns_of.items()}
+    return build(tmp_path_factory.mktemp("hospitals"), rows, columns=columns, labels=labels)
+
+
+@pytest.fixture(scope="session")
+def lesions(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Another archive: lesions with masks, in two modalities, at two visits, with captions (see lesion_archive)."""
+    from tests.evaluation.lesion_archive import build_lesions  # which takes its cards' common fields from here
+
+    return build_lesions(tmp_path_factory.mktemp("lesions"))
+
+
 @pytest.fixture(scope="session", name="make_task")
 def give_make_task() -> Callable[..., TaskCard]:
     return make_task
@@ -97,3 +122,13 @@ def give_build(tmp_path: Path) -> Callable[..., ShardSet]:
         return build(tmp_path / str(card.get("name", "clinic")), rows, **card)
 
     return build_changed
+
+
+@pytest.fixture(name="build_rows")
+def give_build_rows(tmp_path: Path) -> Callable[..., ShardSet]:
+    """build_rows(rows, **card): an archive of these rows, each with `file` (N.jpg), `colour` and what the card maps."""
+
+    def build_given(rows: list[dict[str, str]], **card: object) -> ShardSet:
+        return build(tmp_path / str(card.get("name", "clinic")), rows, **card)
+
+    return build_given

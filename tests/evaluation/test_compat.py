@@ -18,7 +18,8 @@ from panfm.evaluation.compat import (
 from panfm.evaluation.protocol import build_trial
 from panfm.evaluation.prototype import PrototypeConfig, score_prototype
 from panfm.evaluation.results import EncoderCard, read_results
-from panfm.evaluation.run import EvaluateConfig, run_evaluation
+from panfm.evaluation.run import run_evaluation
+from panfm.evaluation.run_config import EvaluateConfig
 from panfm.evaluation.splits import load_split
 from panfm.evaluation.tasks import TaskCard
 from panfm.measures.prototype import predict_prototype

@@ -12,7 +12,8 @@ import yaml
 from panfm.config import validate
 from panfm.errors import UserError
 from panfm.evaluation.families import SECTIONS, WITHOUT_CLASSES, Family, find_rows, list_metrics, read_numbers
-from panfm.evaluation.run import EvaluateConfig, run_evaluation
+from panfm.evaluation.run import run_evaluation
+from panfm.evaluation.run_config import EvaluateConfig
 from panfm.evaluation.splits import compute_excluded, load_split
 from panfm.evaluation.task_rows import can_run, find_classes, select_rows
 from panfm.evaluation.tasks import TaskCard
@@ -175,7 +176,7 @@ def test_pretraining_is_not_stopped_by_a_task_that_these_shards_cannot_run(
 
 
 def test_a_family_without_a_protocol_is_said_in_one_line(clinic: ShardSet, make_task: MakeTask, tmp_path: Path) -> None:
-    cards = [make_task(), make_family(make_task, "ordinal", name="clinic_grade")]
+    cards = [make_task(), make_family(make_task, "segmentation", name="clinic_masks")]
     for card in cards:
         (tmp_path / f"{card.name}.yaml").write_text(yaml.safe_dump(card.model_dump(mode="json")))
     values = {
@@ -185,9 +186,11 @@ def test_a_family_without_a_protocol_is_said_in_one_line(clinic: ShardSet, make_
     }  # fmt: skip
     every = run_evaluation(validate(EvaluateConfig, values, where="test"))
     assert every.failures == () and len(every.written) == 1
-    assert "tasks left out, no protocol measures their families yet: ordinal (clinic_grade)" in every.notes
-    named = run_evaluation(validate(EvaluateConfig, {**values, "tasks": ["clinic_grade"]}, where="test"))
-    assert [failure.message for failure in named.failures] == [
-        "no protocol measures the family ordinal yet; measured: classification"
-    ]
+    assert (
+        "tasks left out, none of the protocols asked for measures their families: segmentation (clinic_masks)"
+        in every.notes
+    )
+    named = run_evaluation(validate(EvaluateConfig, {**values, "tasks": ["clinic_masks"]}, where="test"))
+    (message,) = [failure.message for failure in named.failures]
+    assert message == "none of the protocols knn measures a task of family segmentation; those that do: segmentation"
     assert named.written == ()

@@ -10,110 +10,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from scipy.special import stdtrit
 
 from panfm.errors import UserError
+from panfm.evaluation.board import Row, Section
 from panfm.evaluation.contamination_list import AUDIT_SCHEMA, AUDIT_VERSION
 from panfm.evaluation.leaderboard import LeaderboardSummary, build_leaderboard, format_table
+from panfm.evaluation.ranking import compute_borda
 from panfm.evaluation.results import (
-    EncoderCard,
-    MetricValue,
-    Result,
     TrainedOn,
-    get_result_path,
     get_scores,
     read_predictions,
     read_results,
     write_predictions,
     write_result,
 )
-from panfm.evaluation.standings import Row, Section, compute_borda, compute_chance
 from panfm.files import compute_file_sha256
+from panfm.measures.by_family import compute_chance
 from panfm.measures.metrics import METRICS, compute_metric
+from panfm.measures.outcomes import Outcome
 from panfm.measures.statistics import compare_paired, compute_bootstrap_seed, estimate_metrics
-
-GOOD, MIDDLE, RANDOM = "panfm base", "imagenet", "random weights"
-
-
-def write_trial(
-    root: Path,
-    encoder: str,
-    task: str,
-    strength: float,
-    *,
-    classes: int = 2,
-    fraction: float = 1.0,
-    draw: int = 0,
-    protocol: str = "linear_probe",
-    evaluated_on: str = "test",
-    metric: str = "auroc",
-    synthetic: bool = False,
-    num_groups: int = 60,
-    group_kind: str = "patient",
-    key_prefix: str = "k",
-    encoder_hash: str | None = None,
-) -> Path:
-    """Write one Result whose scores tell the classes apart by `strength`; the test set depends on the task only."""
-    of_task = np.random.default_rng(sum(map(ord, task)))
-    group_label = np.arange(num_groups) % classes
-    labels = np.repeat(group_label, 3)
-    groups = [f"p{number:03d}" for number in range(num_groups) for _ in range(3)]
-    hard = of_task.normal(size=(num_groups * 3, classes))  # what makes an image hard is the same for all encoders
-    own = np.random.default_rng([sum(map(ord, encoder + task + protocol)), draw, int(fraction * 100)])
-    logits = strength * np.eye(classes)[labels] + hard + 0.4 * own.normal(size=hard.shape)
-    scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    predictions = pa.table(
-        {
-            "key": [f"{key_prefix}{number:04d}" for number in range(len(labels))],
-            "group": groups,
-            "fold": ["test" if evaluated_on == "test" else "val"] * len(labels),
-            "repeat": [0] * len(labels),
-            "draw": [draw] * len(labels),
-            "label": labels.tolist(),
-            "scores": scores.astype(np.float32).tolist(),
-        }
-    )
-    address = f"timm:vit_tiny@random:{draw}" if encoder == RANDOM else f"panfm:{encoder}"
-    point = compute_metric(metric, labels, scores.astype(np.float32))
-    result = Result(
-        task=task,
-        task_version=1,
-        protocol=protocol,
-        label_fraction=fraction,
-        draw=draw,
-        seed=0,
-        evaluated_on=evaluated_on,
-        encoder=EncoderCard(
-            name=encoder,
-            address="timm:vit_tiny@random:0" if encoder == RANDOM else address,
-            hash=encoder_hash or f"hash-of-{encoder}",
-            num_parameters=5_500_000,
-            flops_per_image=1.1e9,
-            embed_dim=192,
-            image_size=128,
-            pooling="mean",
-            training_data=None if encoder != RANDOM else "none: random weights",
-            contamination={GOOD: "excluded", RANDOM: "none"}.get(encoder, "unknown"),
-        ),
-        data_hash=f"data-{task}",
-        split_hash=f"split-{task}",
-        group_kind=group_kind,
-        classes=tuple(f"class_{number}" for number in range(classes)),
-        num_train=300,
-        num_train_groups=int(100 * fraction),
-        num_test=len(labels),
-        num_test_groups=num_groups,
-        metrics={metric: MetricValue(value=point.value, direction=METRICS[metric].direction, reason=point.reason)},
-        primary_metric=metric,
-        wall_seconds=1.0,
-        synthetic=synthetic,
-        predictions="",
-        predictions_sha256="",
-    )
-    path = get_result_path(root, result)
-    sha256 = write_predictions(path.with_suffix(".parquet"), predictions)
-    return write_result(
-        root, result.model_copy(update={"predictions": f"{result.stem}.parquet", "predictions_sha256": sha256})
-    )
+from tests.evaluation.fabricated import GOOD, MIDDLE, RANDOM, write_trial
 
 
 def write_board(root: Path) -> Path:
@@ -197,9 +114,12 @@ def test_draws_are_averaged_under_the_same_weights(results: Path, board: tuple[L
     ]
     values = [estimate["auroc"].value for estimate in estimates]
     assert (cell.num_runs, cell.value) == (3, pytest.approx(np.mean(values)))
-    assert cell.spread == pytest.approx(np.std(values, ddof=1))
-    widths = [estimate["auroc"].high - estimate["auroc"].low for estimate in estimates]
-    assert 0.6 * np.mean(widths) < cell.high - cell.low < np.mean(widths)  # the same patients: little is gained
+    assert cell.spread == pytest.approx(np.std(values, ddof=1)) and cell.method == "bootstrap+draws"
+    # The patients are the same for all draws, so little of their part averages out; the draws' own part comes on top.
+    patients = np.mean([estimate["auroc"].high - estimate["auroc"].low for estimate in estimates])
+    draws = 2 * stdtrit(2, 0.975) * np.std(values, ddof=1) / np.sqrt(3)
+    assert cell.high - cell.low == pytest.approx(np.hypot(patients, draws), rel=0.3)
+    assert cell.high - cell.low > draws
 
 
 def test_encoders_that_the_data_cannot_tell_apart_share_a_rank(board: tuple[LeaderboardSummary, Path]) -> None:
@@ -259,10 +179,18 @@ def test_same_results_give_the_same_bytes(
 ) -> None:
     moved = Path(shutil.copytree(results, tmp_path / "elsewhere"))
     build_leaderboard([moved], tmp_path / "two")
-    names = sorted(path.name for path in board[1].iterdir())
-    assert names == ["leaderboard.csv", "leaderboard.html", "leaderboard.json", "leaderboard.md"]
+    names = sorted(str(path.relative_to(board[1])) for path in board[1].rglob("*.*"))
+    pages = [f"tasks/{name}.html" for name in ("diagnoses", "drawn", "lesions")]
+    assert names == ["leaderboard.csv", "leaderboard.html", "leaderboard.json", "leaderboard.md", *pages]
     for name in names:
         assert (board[1] / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_bytes(results: Path, board: tuple[LeaderboardSummary, Path], tmp_path: Path) -> None:
+    build_leaderboard([results], tmp_path, processes=2)
+    for path in board[1].rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / path.relative_to(board[1])).read_bytes()
 
 
 def test_tables_hold_the_same_numbers(board: tuple[LeaderboardSummary, Path]) -> None:
@@ -359,6 +287,18 @@ def test_an_audit_flags_cells_and_shows_them_without_what_was_seen(own_results: 
     assert {line["task"] for line in flagged} == {"lesions"} and flagged[0]["seen_test_images"] == "90"
 
 
+def test_an_audit_of_images_does_not_speak_of_cases(own_results: Path, tmp_path: Path) -> None:
+    audit = write_audit(tmp_path / "audit", own_results, ["k0001"])
+    for path, result in read_results([own_results]):
+        if result.task == "lesions":
+            path.write_text(result.model_copy(update={"unit": "case"}).model_dump_json())
+    section = build_leaderboard([own_results], tmp_path / "board", audit).sections[0]
+    place = [task.name for task in section.tasks].index("lesions")
+    found = find_row(section, GOOD).cells[place].audit
+    assert found is not None and found.num_seen is None
+    assert found.reason == "the audit lists images of this task, which scores each case as one"
+
+
 def test_terminal_table_shows_every_encoder(board: tuple[LeaderboardSummary, Path]) -> None:
     console = Console(width=200, record=True, force_terminal=False)
     with console.capture() as capture:
@@ -417,9 +357,10 @@ def test_empty_folder_says_what_to_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("metric", list(METRICS))
 def test_chance_is_what_the_class_shares_reach(metric: str) -> None:
     labels = np.repeat([0, 1], [700, 300])
-    chance, perfect = compute_chance(metric, np.array([0.7, 0.3]))
-    constant = np.tile([0.7, 0.3], (1000, 1))
-    right = np.eye(2)[labels]
+    constant, right = np.tile([0.7, 0.3], (1000, 1)), np.eye(2)[labels]
+    groups = np.arange(1000).astype(str)
+    outcome = Outcome(labels, constant, groups, np.zeros((1000, 0)))
+    chance, perfect = compute_chance("classification", metric, outcome)
     assert compute_metric(metric, labels, right).value == pytest.approx(perfect, abs=1e-9)
     if metric not in ("ece", "sensitivity_at_90_specificity", "sensitivity_at_95_specificity"):
         assert compute_metric(metric, labels, constant).value == pytest.approx(chance, abs=1e-9)

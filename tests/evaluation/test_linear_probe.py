@@ -1,10 +1,12 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from panfm.errors import UserError
-from panfm.evaluation.linear_probe import LinearProbeConfig, score_linear_probe
+from panfm.evaluation.linear_probe import LinearProbeConfig, score_linear_probe, score_linear_probes
 from panfm.evaluation.protocol import Trial, build_trial
 from panfm.evaluation.results import EncoderCard
 from panfm.evaluation.splits import load_split
@@ -81,3 +83,15 @@ def test_development_needs_a_val_fold(clinic: ShardSet, make_task: Callable[...,
     assert len(make_trial(card, clinic).test) > 0
     with pytest.raises(UserError, match="no image in the fold 'val', which evaluate_on: development"):
         make_trial(card, clinic, evaluated_on="development")
+
+
+def test_many_trials_at_once_say_what_each_says_alone(clinic: ShardSet, make_task: Callable[..., TaskCard]) -> None:
+    trial = make_trial(make_task(), clinic)
+    groups = trial.split.groups[trial.train]
+    half = replace(trial, train=trial.train[np.isin(groups, np.unique(groups)[::2])], seed=1)
+    features = draw_features(trial)
+    together = score_linear_probes([trial, half], features, LinearProbeConfig(), torch.device("cpu"))
+    for one, scored in zip((trial, half), together, strict=True):
+        alone = score_linear_probe(one, features, LinearProbeConfig())
+        np.testing.assert_allclose(scored.scores, alone.scores, atol=2e-4)
+        assert scored.chosen["C"] == alone.chosen["C"] and scored.chosen.keys() == alone.chosen.keys()

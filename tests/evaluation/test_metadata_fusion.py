@@ -12,7 +12,8 @@ from panfm.evaluation.metadata import Metadata, encode_metadata, encode_missingn
 from panfm.evaluation.metadata_fusion import MetadataFusionConfig, score_metadata_fusion
 from panfm.evaluation.protocol import Trial, build_trial
 from panfm.evaluation.results import EncoderCard, read_results
-from panfm.evaluation.run import EvaluateConfig, run_evaluation
+from panfm.evaluation.run import run_evaluation
+from panfm.evaluation.run_config import EvaluateConfig
 from panfm.evaluation.splits import load_split
 from panfm.evaluation.tasks import TaskCard
 from panfm.measures.metrics import compute_metric

@@ -31,6 +31,7 @@ def make_predictions() -> pa.Table:
         "draw": [0, 0],
         "label": [0, 1],
         "scores": [[0.75, 0.25], [0.5, 0.5]],
+        "targets": [[], []],
     }
     return pa.Table.from_pydict(columns, schema=PREDICTIONS_SCHEMA)
 
@@ -67,8 +68,8 @@ def test_what_is_damaged_or_foreign_is_named(tmp_path: Path) -> None:
         read_results([tmp_path / "gone"])
     with pytest.raises(UserError, match="no result files"):
         read_results([tmp_path])
-    (tmp_path / "x.json").write_text('{"result_version": 2}')
-    with pytest.raises(UserError, match=r"x\.json: not a Result v1"):
+    (tmp_path / "x.json").write_text('{"result_version": 1}')
+    with pytest.raises(UserError, match=r"x\.json: not a Result v2"):
         read_result(tmp_path / "x.json")
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"x\.parquet: predictions cannot be read"):

@@ -11,8 +11,10 @@ from panfm.config import load_config, validate
 from panfm.encoder.facts import EncoderFacts
 from panfm.encoder.load import load_encoder
 from panfm.errors import UserError
+from panfm.evaluation.planning import describe_encoder
 from panfm.evaluation.results import get_scores, read_predictions, read_result
-from panfm.evaluation.run import EvaluateConfig, _describe_encoder, run_evaluation
+from panfm.evaluation.run import check_evaluation, run_evaluation
+from panfm.evaluation.run_config import EvaluateConfig
 from panfm.evaluation.splits import load_split
 from panfm.evaluation.tasks import TaskCard, load_task
 from panfm.measures.metrics import compute_metric
@@ -177,7 +179,7 @@ def test_development_results_stand_beside_test_results(
 
 
 def test_finetune_runs_beside_the_probe(make_config: Callable[..., EvaluateConfig]) -> None:
-    finetune = {"epochs": 1, "batch_size": 16, "variant": "short"}
+    finetune = {"epochs": 1, "batch_size": 16, "variants": ["short"], "recipes": {"short": {}}}
     config = make_config(protocols=["finetune"], fractions=[0.5], draws=1, seeds=[0, 1], finetune=finetune)
     summary = run_evaluation(config)
     assert [path.name for path in summary.written] == [f"finetune-short-f0.5-d0-s{seed}.json" for seed in (0, 1)]
@@ -220,9 +222,45 @@ def test_contamination_is_told_task_by_task(make_task: MakeTask) -> None:
             "timm_name": "test_vit", "samples_seen": 1, "step": 1, "code_version": "0", "excluded_tasks": names,
             "transform": encoder.transform.to_plain(),
         })  # fmt: skip
-        return _describe_encoder(replace(encoder, facts=facts), "tiny", card).contamination
+        return describe_encoder(replace(encoder, facts=facts), "tiny", card).contamination
 
     shipped, own = load_task("ham10000_diagnosis"), make_task()
     assert tell(("ham10000_diagnosis",), shipped) == "excluded" and tell(("ham10000_diagnosis",), own) == "unknown"
     assert tell((), shipped) == "unknown"
-    assert _describe_encoder(encoder, "tiny", shipped).contamination == "none"  # random weights have seen nothing
+    assert describe_encoder(encoder, "tiny", shipped).contamination == "none"  # random weights have seen nothing
+
+
+@pytest.mark.slow
+def test_processes_write_what_one_process_writes(make_config: Callable[..., EvaluateConfig], tmp_path: Path) -> None:
+    given = {"protocols": ["knn", "prototype"], "fractions": [1.0]}
+    alone = run_evaluation(make_config(**given, out=str(tmp_path / "alone")))
+    several = run_evaluation(make_config(**given, out=str(tmp_path / "several"), executor="processes", processes=2))
+    assert several.failures == () and len(several.written) == len(alone.written) == 2
+    for first, second in zip(sorted(alone.written), sorted(several.written), strict=True):
+        assert first.relative_to(tmp_path / "alone") == second.relative_to(tmp_path / "several")
+        ours, theirs = read_result(first), read_result(second)
+        assert ours.metrics == theirs.metrics and ours.predictions_sha256 == theirs.predictions_sha256
+
+
+def test_the_status_counts_what_is_there_and_what_is_not(make_config: Callable[..., EvaluateConfig]) -> None:
+    before = check_evaluation(make_config())
+    assert "tiny  clinic_diagnosis  knn: 0 of 3" in str(before)
+    assert str(before).endswith("0 results are there, 6 are missing or stale")
+    run_evaluation(make_config(protocols=["knn"]))
+    after = check_evaluation(make_config())
+    assert [(piece.protocol, piece.num_done, piece.num_open) for piece in after.pieces] == [
+        ("linear_probe", 0, 3),
+        ("knn", 3, 0),
+    ]
+
+
+def test_small_fractions_get_more_draws_and_all_protocols_are_those_of_the_family(
+    make_config: Callable[..., EvaluateConfig],
+) -> None:
+    config = make_config(draws=None, fractions=[0.05, 0.1, 1.0], protocols=["knn"])
+    (piece,) = check_evaluation(config).pieces
+    assert piece.num_open == 20 + 10 + 1
+    every = check_evaluation(make_config(protocols="all", fractions=[1.0]))
+    measured = {piece.protocol for piece in every.pieces}
+    assert {"linear_probe", "knn", "prototype", "metadata_fusion"} <= measured
+    assert not measured & {"finetune", "panderm_compat", "survival", "segmentation"}

@@ -20,6 +20,7 @@ from scipy.stats import binom, norm
 from panfm.measures.agreement import MISSING, measure_agreement
 from panfm.measures.calibration import estimate_calibration
 from panfm.measures.comparisons import PairedDifference, compare_areas, compare_mcnemar, compare_over_tasks
+from panfm.measures.draws import spread_by_draws, widen_by_draws
 from panfm.measures.intervals import Estimate, estimate_area, estimate_mean, estimate_proportion
 from panfm.measures.metrics import METRICS, compute_all_replicates, compute_metric
 from panfm.measures.operating_points import compute_decision_curve
@@ -255,6 +256,30 @@ def cover_tasks(num_tasks: int, between: float, within: float, num_trials: int, 
     return [covered, rejected]
 
 
+def cover_draws(
+    num_draws: int, patients: float, draws: float, both: float, num_trials: int, seed: int
+) -> tuple[Tally, Tally, Tally]:
+    """Coverage of a mean over draws of labels by noise on replicates, by square-and-add, and by patients alone.
+
+    The value of a draw errs by the test patients (common to all draws), by the draw, and by how both meet.
+    """
+    rng = np.random.default_rng(seed)
+    case = f"{num_draws} draws, errors {patients:g} by patients, {draws:g} by draws, {both:g} by both"
+    noise, squares, alone = Tally(f"noise: {case}"), Tally(f"square: {case}"), Tally(f"alone: {case}")
+    error = np.hypot(patients, both / np.sqrt(num_draws))  # what resampling patients shows
+    for trial in range(num_trials):
+        values = patients * rng.normal() + rng.normal(0, np.hypot(draws, both), num_draws)
+        replicates = values.mean() + error * rng.normal(size=NUM_REPLICATES)
+        spread = spread_by_draws(replicates, values, range(num_draws), seed=trial)
+        low, high = np.percentile(spread, [2.5, 97.5])
+        noise.add(bool(low <= 0 <= high), True)
+        half = norm.ppf(0.975) * error
+        alone.add(bool(abs(values.mean()) <= half), True)
+        low, high = widen_by_draws(values.mean(), values.mean() - half, values.mean() + half, values)
+        squares.add(bool(low <= 0 <= high), True)
+    return noise, squares, alone
+
+
 def draw_pair(
     design: Design, area: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -388,6 +413,13 @@ def run_tasks(trials: int, seed: int) -> Iterator[Tally]:
             yield named(replace(rejected, case=f"reject: {rejected.case}"), num_tasks)
 
 
+def run_draws(trials: int, seed: int) -> Iterator[Tally]:
+    """The mean over draws of labels: noise on replicates, and square-and-add."""
+    for num_draws in (3, 5, 10, 20):
+        for patients, draws, both in ((1, 0.3, 0.3), (1, 1, 0.3), (1, 3, 0), (0.3, 3, 0.3)):
+            yield from cover_draws(num_draws, patients, draws, both, trials, seed)[:2]
+
+
 def named(tally: Tally, number: int) -> Tally:
     """Write the number of groups before the case."""
     return replace(tally, case=f"{number:3d}  {tally.case}")
@@ -401,6 +433,7 @@ PARTS: dict[str, tuple[Callable[[int, int], Iterator[Tally]], str]] = {
     "comparisons": (run_comparisons, "false positives"),
     "paired": (run_paired, "false positives"),
     "tasks": (run_tasks, "both"),
+    "draws": (run_draws, "coverage"),
 }
 
 

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from panfm.evaluation.run_config import EvaluateConfig
 
 app = typer.Typer(help="Measure frozen and fine-tuned encoders on tasks.", no_args_is_help=True)
 
@@ -13,24 +16,84 @@ def _names(text: str) -> str | list[str]:
     return text if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
 
 
+Config = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value pairs that change the config.")]
+Encoders = Annotated[list[str] | None, typer.Option("--encoder", help="Encoder address; repeat for several.")]
+Shards = Annotated[list[str] | None, typer.Option(help="Shard set, a folder or URL; repeat for several.")]
+Tasks = Annotated[str | None, typer.Option(help="all, or names separated by commas.")]
+Protocols = Annotated[str | None, typer.Option(help="all, or names separated by commas: linear_probe,knn,finetune")]
+Fractions = Annotated[str | None, typer.Option(help="Shares of training patients with labels: 0.1,1.0")]
+TaskDir = Annotated[Path | None, typer.Option(help="Folder with task cards of your own.")]
+Out = Annotated[Path | None, typer.Option(help="Results folder.")]
+
+
 @app.command("run")
 def run(
-    config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one.")] = "default",
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value pairs that change the config.")] = None,
-    encoder: Annotated[list[str] | None, typer.Option(help="Encoder address; repeat for several.")] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Shard set, a folder or URL; repeat for several.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="all, or names separated by commas.")] = None,
-    protocols: Annotated[str | None, typer.Option(help="linear_probe,knn,finetune")] = None,
-    fractions: Annotated[str | None, typer.Option(help="Shares of training patients with labels: 0.1,1.0")] = None,
-    task_dir: Annotated[Path | None, typer.Option(help="Folder with task cards of your own.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
+    config: Config = "default",
+    overrides: Overrides = None,
+    encoder: Encoders = None,
+    shards: Shards = None,
+    tasks: Tasks = None,
+    protocols: Protocols = None,
+    fractions: Fractions = None,
+    task_dir: TaskDir = None,
+    out: Out = None,
+    executor: Annotated[
+        str | None, typer.Option(help="local, processes (as many as cores, or processes=N) or dask.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address or file of the Dask scheduler.")] = None,
 ) -> None:
     """Evaluate encoders; what exists already is skipped, a failing task does not stop the others (exit code 1).
 
     Example: panfm evaluate run --encoder panfm:exports/first --shards shards/synthetic --tasks all --out results
     """
+    from panfm.evaluation.run import run_evaluation
+
+    settings = _read_settings(
+        config, overrides, encoder, shards, tasks, protocols, fractions, task_dir, out, executor, scheduler
+    )
+    summary = run_evaluation(settings)
+    typer.echo(str(summary))
+    raise typer.Exit(1 if summary.failures else 0)
+
+
+@app.command("status")
+def status(
+    config: Config = "default",
+    overrides: Overrides = None,
+    encoder: Encoders = None,
+    shards: Shards = None,
+    tasks: Tasks = None,
+    protocols: Protocols = None,
+    fractions: Fractions = None,
+    task_dir: TaskDir = None,
+    out: Out = None,
+) -> None:
+    """Say what of an evaluation is measured, what is left and what cannot be had; takes the options of `run`.
+
+    Example: panfm evaluate status --encoder panfm:exports/first --shards shards/synthetic --out results
+    """
+    from panfm.evaluation.run import check_evaluation
+
+    settings = _read_settings(config, overrides, encoder, shards, tasks, protocols, fractions, task_dir, out)
+    typer.echo(str(check_evaluation(settings)))
+
+
+def _read_settings(
+    config: str,
+    overrides: list[str] | None,
+    encoder: list[str] | None,
+    shards: list[str] | None,
+    tasks: str | None,
+    protocols: str | None,
+    fractions: str | None,
+    task_dir: Path | None,
+    out: Path | None,
+    executor: str | None = None,
+    scheduler: str | None = None,
+) -> "EvaluateConfig":
     from panfm.config import load_config
-    from panfm.evaluation.run import EvaluateConfig, run_evaluation
+    from panfm.evaluation.run_config import EvaluateConfig
 
     changes = list(overrides or ())
     if "=" in config:  # `panfm evaluate run key=value` without a config: the first word is an override too
@@ -43,12 +106,48 @@ def run(
         "fractions": _names(fractions) if fractions else None,
         "task_dir": str(task_dir) if task_dir else None,
         "out": str(out) if out else None,
+        "executor": executor,
+        "scheduler": scheduler,
     }
     options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    settings = load_config(EvaluateConfig, config, [*changes, *options], folder="configs/evaluate")
-    summary = run_evaluation(settings)
-    typer.echo(str(summary))
-    raise typer.Exit(1 if summary.failures else 0)
+    return load_config(EvaluateConfig, config, [*changes, *options], folder="configs/evaluate")
+
+
+@app.command("audit")
+def audit(
+    encoder: Annotated[str, typer.Option(help="Encoder address.")],
+    shards: Annotated[str, typer.Option(help="Shard set of the task's source, a folder or URL.")],
+    task: Annotated[str, typer.Option(help="Name of the task.")],
+    task_dir: Annotated[Path | None, typer.Option(help="Folder with task cards of your own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the audit; default: task_audits/TASK/ENCODER.")] = None,
+    cache_dir: Annotated[Path, typer.Option(help="Folder of the cached features.")] = Path("cache/features"),
+) -> None:
+    """Audit a task: institutions told from the features, labels that look wrong, agreement of its readers.
+
+    The page shows images: keep it with the shards.
+
+    Example: panfm evaluate audit --encoder panfm:exports/first --shards shards/ham10000 --task ham10000_diagnosis
+    """
+    import torch
+
+    from panfm.encoder.load import load_encoder
+    from panfm.evaluation.results import make_folder_name
+    from panfm.evaluation.splits import load_split
+    from panfm.evaluation.task_audit import audit_task
+    from panfm.evaluation.task_audit_report import write_task_audit
+    from panfm.evaluation.task_rows import find_classes
+    from panfm.evaluation.tasks import load_task
+    from panfm.features import compute_features
+    from panfm.shards.index import open_shard_set
+
+    shard_set = open_shard_set(shards)
+    card = find_classes(load_task(task, task_dir), shard_set)
+    split = load_split(card, shard_set, task_dir)
+    loaded = load_encoder(encoder, device="cuda" if torch.cuda.is_available() else "cpu")
+    features = compute_features(loaded, shard_set, cache_dir=cache_dir).values[split.rows]
+    folder = out or Path("task_audits") / card.name / make_folder_name(loaded.name)
+    typer.echo(write_task_audit(folder, audit_task(card, split, shard_set, features), card, split, shard_set, loaded))
+    typer.echo(f"{folder}: audit.json, audit.txt, index.html")
 
 
 @app.command("list")

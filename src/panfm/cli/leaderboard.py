@@ -20,14 +20,15 @@ def build(
     audit: Annotated[
         Path | None, typer.Option(help="Audit folder: cells show how many test images pretraining may have seen.")
     ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Local processes, a task each.")] = 2,
 ) -> None:
-    """Build leaderboard.html, leaderboard.md, leaderboard.csv and leaderboard.json; equal inputs give equal bytes.
+    """Build leaderboard.html, its .md, .csv and .json, and a page a task; equal inputs give equal bytes.
 
     Example: panfm leaderboard build results --out leaderboard
     """
     from panfm.evaluation.leaderboard import build_leaderboard, format_table
     from panfm.progress import print_output
 
-    summary = build_leaderboard(results, out, audit)
+    summary = build_leaderboard(results, out, audit, processes=processes)
     print_output(format_table(summary))
     typer.echo(f"{out / 'leaderboard.html'}: open it in a browser")

@@ -29,6 +29,8 @@ Contamination = Literal["excluded", "none", "unknown"]
 TRAINING_DATA = {
     "in1k": "ImageNet-1k",
     "a1_in1k": "ImageNet-1k",
+    "tv_in1k": "ImageNet-1k",
+    "tf_in1k": "ImageNet-1k",
     "augreg_in1k": "ImageNet-1k",
     "dino": "ImageNet-1k, self-supervised",
     "mae": "ImageNet-1k, self-supervised",
@@ -147,6 +149,8 @@ def _fit(address: Address, model: nn.Module, weights: dict[str, Tensor]) -> nn.M
     theirs, ours = weights.get("pos_embed"), model.state_dict().get("pos_embed")
     if theirs is not None and ours is not None and theirs.shape != ours.shape:
         _set_image_size(address, model)
+    if getattr(model, "AuxLogits", ...) is None:  # Inception's second classifier, which timm leaves out as we do
+        ignore = (*ignore, "AuxLogits")
     load_strictly(model, weights, str(address.weights or address.text), ignore)
     _set_image_size(address, model)
     return model

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from panfm.evaluation.standings import Cell, LeaderboardSummary, Section, Task
+from panfm.evaluation.board import Cell, LeaderboardSummary, Section, Task
 
 EFFICIENCY_HEIGHT = 200  # pixels between the lowest and the highest grid line
 NUM_SERIES = 8  # colours of the page; more encoders start again from the first
@@ -89,7 +89,7 @@ def compute_forests(section: Section, series: Mapping[str, int]) -> tuple[Forest
         cells = [row.cells[place] for row in section.rows]
         if all(cell.value is None for cell in cells):
             continue
-        low, high, ticks = _choose_axis(_collect(cells))
+        low, high, ticks = choose_axis(_collect(cells))
 
         def locate(value: float | None, low: float = low, high: float = high) -> float | None:
             return None if value is None else round(100 * (value - low) / (high - low), 2)
@@ -97,7 +97,7 @@ def compute_forests(section: Section, series: Mapping[str, int]) -> tuple[Forest
         forests.append(
             Forest(
                 task=task,
-                ticks=tuple(Tick(locate(value) or 0.0, _label(value, ticks)) for value in ticks),
+                ticks=tuple(Tick(locate(value) or 0.0, label_tick(value, ticks)) for value in ticks),
                 chance=locate(task.chance) if low <= task.chance <= high else None,
                 rows=tuple(
                     ForestRow(
@@ -134,7 +134,7 @@ def compute_efficiencies(summary: LeaderboardSummary, series: Mapping[str, int])
                     values[row.encoder.name][section.label_fraction] = row.cells[place]
         if not values:
             continue
-        low, high, ticks = _choose_axis(_collect([cell for cells in values.values() for cell in cells.values()]))
+        low, high, ticks = choose_axis(_collect([cell for cells in values.values() for cell in cells.values()]))
 
         def locate(value: float, low: float = low, high: float = high) -> float:
             return round(EFFICIENCY_HEIGHT * (high - value) / (high - low), 1)
@@ -160,7 +160,7 @@ def compute_efficiencies(summary: LeaderboardSummary, series: Mapping[str, int])
                 variant=variant,
                 task=task,
                 x_ticks=tuple(Tick(x_of[fraction], f"{fraction * 100:g} %") for fraction in fractions),
-                y_ticks=tuple(Tick(locate(value), _label(value, ticks)) for value in ticks),
+                y_ticks=tuple(Tick(locate(value), label_tick(value, ticks)) for value in ticks),
                 lines=tuple(lines),
             )
         )
@@ -171,7 +171,7 @@ def _collect(cells: Sequence[Cell]) -> list[float]:
     return [value for cell in cells for value in (cell.value, cell.low, cell.high) if value is not None]
 
 
-def _choose_axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
+def choose_axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
     """Choose an axis from below the lowest to above the highest value, with three to six round ticks."""
     low, high = min(values), max(values)
     spread = max(high - low, 0.02)
@@ -184,7 +184,8 @@ def _choose_axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
     return ticks[0], ticks[-1], ticks
 
 
-def _label(value: float, ticks: Sequence[float]) -> str:
+def label_tick(value: float, ticks: Sequence[float]) -> str:
+    """Write a tick with the digits that its neighbours differ in."""
     step = ticks[1] - ticks[0]
     return f"{value:.{max(0, -math.floor(math.log10(step * 1.0000001)))}f}"
 

@@ -63,7 +63,7 @@ class SegmentationTarget(Section):
     """A mask an image (`<key>.mask.png`)."""
 
     structures: tuple[str, ...] = Field(min_length=1)  # what the mask shows: values 1, 2, ... of its pixels, in order
-    overlapping: bool = False  # true: a pixel can be of several structures, so there is one mask a structure
+    overlapping: bool = False  # true: a pixel can be of several, so bits 1, 2, 4, ... of its value stand for them
 
 
 class SurvivalTarget(Section):
@@ -73,7 +73,7 @@ class SurvivalTarget(Section):
     time_zero: str  # what day 0 is: without it two cohorts cannot be compared
     event: Column = "event"  # whether it occurred
     days: Column = "follow_up_days"  # days from time zero to the event, or to the end of follow-up
-    competing_events: tuple[str, ...] = ()  # that end follow-up before it; () = none is recorded
+    competing_events: tuple[str, ...] = ()  # that end follow-up before it: event is 2 for the first, 3, ...; () = none
 
 
 class ChangeTarget(Section):

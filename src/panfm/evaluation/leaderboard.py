@@ -1,6 +1,7 @@
 """The last step of the way: Result files in, one static page and its tables out.
 
-    results/ --verify--> standings --report--> leaderboard.html, leaderboard.md, leaderboard.csv, leaderboard.json
+    results/ --verify--> standings --report-------> leaderboard.html, leaderboard.md, leaderboard.csv, leaderboard.json
+                             `-----task_report--> tasks/TASK.html
 
 A pure function of its inputs: the same Results give the same bytes, wherever and whenever it runs.
 """
@@ -8,28 +9,34 @@ A pure function of its inputs: the same Results give the same bytes, wherever an
 from collections.abc import Sequence
 from pathlib import Path
 
+from panfm.evaluation.board import LeaderboardSummary
 from panfm.evaluation.contamination_list import read_audit
 from panfm.evaluation.report import format_table, render_csv, render_json, render_markdown, render_page
-from panfm.evaluation.standings import LeaderboardSummary, compute_standings
+from panfm.evaluation.standings import compute_standings
+from panfm.evaluation.task_report import render_task_page
 from panfm.files import write_text
 
 __all__ = ["LeaderboardSummary", "build_leaderboard", "format_table"]
 
 
-def build_leaderboard(result_roots: Sequence[Path], out: Path, audit: Path | None = None) -> LeaderboardSummary:
+def build_leaderboard(
+    result_roots: Sequence[Path], out: Path, audit: Path | None = None, *, processes: int = 1
+) -> LeaderboardSummary:
     """Build the board of all Results below `result_roots` in the folder `out` and return what it shows.
 
     audit: a folder that `panfm audit` wrote; cells then say how many of their test images pretraining may have seen.
+    processes: tasks are worked through side by side; the bytes are the same.
 
     Everything is computed before the first file is written. Raises UserError for Results that cannot be trusted or
     compared (see `verify`), naming the file.
     """
-    summary = compute_standings(result_roots, None if audit is None else read_audit(audit))
+    summary, pages = compute_standings(result_roots, None if audit is None else read_audit(audit), processes=processes)
     texts = {
         "leaderboard.json": render_json(summary),
         "leaderboard.csv": render_csv(summary),
         "leaderboard.md": render_markdown(summary),
         "leaderboard.html": render_page(summary),
+        **{f"tasks/{page.task.slug}.html": render_task_page(summary, page) for page in pages},
     }
     for name, text in texts.items():
         write_text(Path(out) / name, text)

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from panfm.config import config_class
 from panfm.errors import UserError
-from panfm.evaluation.linear_probe import describe_fit
+from panfm.evaluation.linear_probe import describe_probe
 from panfm.evaluation.metadata import encode_metadata, encode_missingness, read_metadata
 from panfm.evaluation.protocol import Scored, Trial
 from panfm.measures.probe import fit_probe_cv
@@ -65,5 +65,5 @@ def score_metadata_fusion(
         seed=trial.seed,
         num_folds=config.num_folds,
     )
-    chosen = {**describe_fit(fit), "columns": list(metadata.columns), "num_encoded": known.shape[1]}
+    chosen = {**describe_probe(trial, fit), "columns": list(metadata.columns), "num_encoded": known.shape[1]}
     return Scored(scores=fit.probe.predict(joined[trial.test]), chosen=chosen)

@@ -1,4 +1,4 @@
-"""Result v1 and predictions v1: what a protocol leaves behind, and all that the leaderboard reads.
+"""Result v2 and predictions v2: what a protocol leaves behind, and all that the leaderboard reads.
 
     results/<task>/<encoder>/<protocol>-<variant>-f<label_fraction>-d<draw>-s<seed>.json      one Result
     results/<task>/<encoder>/<the same>.parquet                                               its predictions
@@ -10,7 +10,7 @@ it. An undefined metric is null with a reason, never 0.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from panfm.errors import UserError
 from panfm.files import compute_file_sha256, open_atomic, read_json, write_json
+from panfm.measures.outcomes import Outcome
 
-RESULT_VERSION: Literal[1] = 1
+RESULT_VERSION: Literal[2] = 2
 Direction = Literal["higher", "lower"]
 
 
@@ -74,16 +75,21 @@ class EncoderCard(BaseModel):
 
 
 class Result(BaseModel):
-    """One (encoder, task with version, protocol, variant, label_fraction, draw, seed)."""
+    """One (encoder, task with version, protocol, variant, label_fraction, draw, seed).
+
+    N of a test set counts units: what is given one score each (an image; a pair of visits, a slide, a patient, ...).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    result_version: Literal[1] = RESULT_VERSION
+    result_version: Literal[2] = RESULT_VERSION
     task: str
     task_version: int
+    family: str = "classification"
+    unit: str = "image"  # what is scored: image, pair, slide, patient, lesion, query
     protocol: str  # linear_probe, knn, finetune, ...
     variant: str = "default"
-    label_fraction: float  # share of training PATIENTS (groups) with labels
+    label_fraction: float  # share of training PATIENTS (groups) with labels; 0 = nothing is trained
     draw: int  # which random choice of labels
     seed: int  # of the optimisation
     evaluated_on: Literal["test", "development"]
@@ -94,6 +100,7 @@ class Result(BaseModel):
     classes: tuple[str, ...]
     num_train: int
     num_train_groups: int
+    num_pool_groups: int | None = None  # groups that could have had labels: what a small fraction was rounded from
     num_test: int
     num_test_groups: int
     metrics: dict[str, MetricValue]
@@ -120,11 +127,13 @@ PREDICTIONS_SCHEMA = pa.schema(
         pa.field("fold", pa.string(), nullable=False),
         pa.field("repeat", pa.int16(), nullable=False),
         pa.field("draw", pa.int16(), nullable=False),
-        pa.field("label", pa.int16(), nullable=False),
-        pa.field("scores", pa.list_(pa.float32()), nullable=False),  # one probability a class, in the order of classes
+        pa.field("label", pa.int16(), nullable=False),  # place in classes; 0 in families without
+        pa.field("scores", pa.list_(pa.float32()), nullable=False),  # one probability a class, or the family's own
+        pa.field("targets", pa.list_(pa.float64()), nullable=False),  # what a family without classes asks for; else []
     ],
-    metadata={"panfm_predictions": "1"},
+    metadata={"panfm_predictions": "2"},
 )
+SUBGROUP_PREFIX = "subgroup:"  # of further columns, text or null: what the board may tell apart, never who it is
 
 
 def make_folder_name(name: str) -> str:
@@ -138,9 +147,13 @@ def get_result_path(root: str | Path, result: Result) -> Path:
 
 
 def write_predictions(path: str | Path, predictions: pa.Table) -> str:
-    """Write predictions (PREDICTIONS_SCHEMA) atomically and return the file's SHA-256."""
+    """Write predictions (PREDICTIONS_SCHEMA, then subgroups) atomically and return the file's SHA-256."""
+    schema = PREDICTIONS_SCHEMA
+    for name in predictions.schema.names[len(schema.names) :]:
+        assert name.startswith(SUBGROUP_PREFIX), f"{name} is no column of predictions"
+        schema = schema.append(pa.field(name, pa.string()))
     with open_atomic(path) as file:
-        pq.write_table(predictions.cast(PREDICTIONS_SCHEMA), file)
+        pq.write_table(predictions.cast(schema.with_metadata(PREDICTIONS_SCHEMA.metadata)), file)
     return compute_file_sha256(path)
 
 
@@ -150,16 +163,47 @@ def read_predictions(path: str | Path) -> pa.Table:
         table = pq.read_table(path)
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: predictions cannot be read ({error}); run `panfm evaluate run` again") from None
-    if table.schema.names != PREDICTIONS_SCHEMA.names:
-        raise UserError(f"{path}: columns are {table.schema.names}; predictions v1 has {PREDICTIONS_SCHEMA.names}")
+    names = [name for name in table.schema.names if not name.startswith(SUBGROUP_PREFIX)]
+    if names != PREDICTIONS_SCHEMA.names:
+        raise UserError(
+            f"{path}: columns are {names}; predictions v2 has {PREDICTIONS_SCHEMA.names}; "
+            "run `panfm evaluate run` again"
+        )
     return table
 
 
 def get_scores(predictions: pa.Table) -> NDArray[np.float64]:
     """Return the scores column as an array [N, K]."""
-    column = predictions.column("scores").combine_chunks()
-    flat = np.asarray(column.flatten(), dtype=np.float64)
-    return flat.reshape(len(predictions), -1)
+    return _get_lists(predictions, "scores")
+
+
+def get_targets(predictions: pa.Table) -> NDArray[np.float64]:
+    """Return the targets column as an array [N, T]; T is 0 in families with classes."""
+    return _get_lists(predictions, "targets")
+
+
+def _get_lists(predictions: pa.Table, name: str) -> NDArray[np.float64]:
+    flat = np.asarray(predictions.column(name).combine_chunks().flatten(), dtype=np.float64)
+    return flat.reshape(len(predictions), len(flat) // max(1, len(predictions)))
+
+
+def make_outcome(predictions: pa.Table, grid: Sequence[float] = ()) -> tuple[NDArray[np.str_], Outcome]:
+    """The scored units in order of key [N], and what their metrics are computed from; scores are means over repeats."""
+    table = predictions.sort_by([("key", "ascending"), ("repeat", "ascending")])
+    keys, first, number = np.unique(
+        np.asarray(table.column("key").to_pylist(), dtype=np.str_), return_index=True, return_inverse=True
+    )
+    scores = get_scores(table)
+    sums = np.zeros((len(keys), scores.shape[1]))
+    np.add.at(sums, number, scores)
+    outcome = Outcome(
+        labels=np.asarray(table.column("label"), dtype=np.int64)[first],
+        scores=sums / np.bincount(number, minlength=len(keys))[:, None],
+        groups=np.asarray(table.column("group").to_pylist(), dtype=np.str_)[first],
+        targets=get_targets(table)[first],
+        grid=np.asarray(grid, dtype=np.float64),
+    )
+    return keys, outcome
 
 
 def write_result(root: str | Path, result: Result) -> Path:
@@ -177,7 +221,9 @@ def read_result(path: str | Path) -> Result:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
-        raise UserError(f"{path}: not a Result v{RESULT_VERSION}: {key}: {fault['msg']}") from None
+        raise UserError(
+            f"{path}: not a Result v{RESULT_VERSION}: {key}: {fault['msg']}; run `panfm evaluate run` again"
+        ) from None
 
 
 def read_results(roots: Iterable[str | Path]) -> list[tuple[Path, Result]]:

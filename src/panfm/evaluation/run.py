@@ -1,123 +1,46 @@
-"""`panfm evaluate run`: encoders x tasks x protocols x label fractions x draws -> Result files.
+"""`panfm evaluate run`: encoders x tasks x protocols x label fractions -> Result files.
 
-    each encoder -> each shard set -> encode once (cached) -> each task, protocol, fraction, draw, seed: one Result
+    each encoder -> each shard set -> encode once (cached) -> pieces (encoder, task, protocol) -> one Result a trial
 
 What exists and is fresh is skipped, what is stale is made again, a failing trial is recorded and does not stop the
-others. Running the same command again therefore does exactly what is left.
+others. Running the same command again therefore does exactly what is left. Pieces are measured one after the other, in
+processes, or on a cluster: what they write does not depend on it.
 """
 
-import itertools
+import os
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from threadpoolctl import threadpool_limits
 
-from panfm.config import config_class, to_plain
-from panfm.encoder.export import find_ancestors
 from panfm.encoder.load import Encoder, load_encoder
 from panfm.errors import UserError
-from panfm.evaluation.compat import (
-    Dinov2CompatConfig,
-    PandermCompatConfig,
-    score_dinov2_compat,
-    score_panderm_compat,
+from panfm.evaluation.nested import score_nested
+from panfm.evaluation.planning import (
+    Failure,
+    PlannedTask,
+    check_encoders,
+    describe_encoder,
+    describe_recipe,
+    find_protocols,
+    load_tasks,
+    plan_trials,
 )
-from panfm.evaluation.families import Family
-from panfm.evaluation.finetune import FinetuneConfig, score_finetune
-from panfm.evaluation.knn import KnnConfig, score_knn
-from panfm.evaluation.linear_probe import LinearProbeConfig, score_linear_probe
-from panfm.evaluation.metadata_fusion import MetadataFusionConfig, score_metadata_fusion
-from panfm.evaluation.protocol import EvaluatedOn, Protocol, Trial, build_trial, find_result, write_trial
-from panfm.evaluation.prototype import PrototypeConfig, score_prototype
-from panfm.evaluation.results import EncoderCard, TrainedOn, make_folder_name
-from panfm.evaluation.splits import Split, load_split
-from panfm.evaluation.task_rows import find_classes
-from panfm.evaluation.tasks import TaskCard, list_tasks, load_task
+from panfm.evaluation.protocol import Material, Protocol, Scored, Trial, find_result, write_trial
+from panfm.evaluation.protocols import PROTOCOLS
+from panfm.evaluation.run_config import EvaluateConfig, check_config, count_processes, get_entries
+from panfm.evaluation.tasks import NestedSplit
+from panfm.executor import run_tasks
 from panfm.features import compute_features
-from panfm.progress import progress_bar
-from panfm.shards.index import ShardSet, open_shard_set
-
-MEASURED_FAMILIES: tuple[Family, ...] = ("classification",)  # those that the protocols of this run can score
-
-
-@config_class
-class EncoderEntry:
-    """An encoder and the name that it carries on the board."""
-
-    address: str
-    """panfm:DIR, timm:NAME, timm:NAME@FILE, timm:NAME@random:SEED, hf:DIR; parameters after `?`."""
-    name: str | None = None
-    """Unique among the encoders; null = made from the address."""
-
-
-@config_class
-class EvaluateConfig:
-    """One evaluation run."""
-
-    encoders: tuple[EncoderEntry | str, ...]
-    """Addresses, or {address, name}."""
-    shards: tuple[str, ...]
-    """Folders of shard sets, one source each."""
-    tasks: Literal["all"] | tuple[str, ...] = "all"
-    """all = every known task on a source among the shards; else names or paths of cards."""
-    task_dir: str | None = None
-    """Folder with task cards of your own; they win over shipped ones of the same name."""
-    protocols: tuple[Protocol, ...] = ("linear_probe", "knn")
-    """linear_probe, knn, prototype (frozen features), finetune (the whole encoder is trained), metadata_fusion (frozen
-    features beside age, sex, anatomic site and tabular columns, with its baselines); panderm_compat and
-    dinov2_compat compute what those publications do, to compare with their numbers, and are ranked by themselves."""
-    fractions: tuple[float, ...] = (0.1, 1.0)
-    """Shares of the training GROUPS (patients) whose labels are used, each in (0, 1]."""
-    draws: int = Field(default=5, ge=1)
-    """Random choices of labels at each fraction below 1; all labels can be chosen in one way only."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the optimisation. kNN has none, and the probe's only cuts its folds: both use the first."""
-    evaluate_on: EvaluatedOn = "test"
-    """test: train + val folds -> test fold. development: train fold -> val fold, to choose recipes with."""
-    num_replicates: int = Field(default=2000, ge=100)
-    """Patient-clustered bootstrap replicates behind each interval."""
-    out: str = "results"
-    """Folder of the Result files."""
-    cache_dir: str = "cache/features"
-    """Folder of the cached features, keyed by encoder hash and data hash."""
-    device: str = "auto"
-    """auto = the GPU where there is one, else the CPU; or a torch device."""
-    batch_size: int = Field(default=64, ge=1)
-    """Images at once while encoding."""
-    workers: int = Field(default=1, ge=0)
-    """Threads that decode ahead of the encoder; fine-tuning has its own."""
-    linear_probe: LinearProbeConfig = LinearProbeConfig()
-    """Settings of protocol linear_probe."""
-    knn: KnnConfig = KnnConfig()
-    """Settings of protocol knn."""
-    prototype: PrototypeConfig = PrototypeConfig()
-    """Settings of protocol prototype."""
-    finetune: FinetuneConfig = FinetuneConfig()
-    """Settings of protocol finetune."""
-    metadata_fusion: MetadataFusionConfig = MetadataFusionConfig()
-    """Settings of protocol metadata_fusion."""
-    panderm_compat: PandermCompatConfig = PandermCompatConfig()
-    """Settings of protocol panderm_compat."""
-    dinov2_compat: Dinov2CompatConfig = Dinov2CompatConfig()
-    """Settings of protocol dinov2_compat."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A trial, or a whole task, that could not be measured. `details` holds a traceback where the fault is panfm's."""
-
-    task: str
-    encoder: str | None
-    what: str
-    message: str
-    details: str | None = None
+from panfm.progress import muted
 
 
 @dataclass(frozen=True)
@@ -134,8 +57,7 @@ class RunSummary:
         """A few lines for the terminal."""
         lines = [f"{note}" for note in self.notes]
         for failure in self.failures:
-            encoder = f", {failure.encoder}" if failure.encoder else ""
-            lines.append(f"failed: {failure.task}{encoder}, {failure.what}: {failure.message}")
+            lines.append(f"failed: {failure.describe()}")
             if failure.details:
                 lines.append(failure.details)
         lines.append(
@@ -146,10 +68,63 @@ class RunSummary:
 
 
 @dataclass(frozen=True)
-class _Task:
-    card: TaskCard
-    split: Split
-    shard_set: ShardSet
+class PieceStatus:
+    """How far one encoder is on one task by one protocol. failures: trials that cannot be had."""
+
+    encoder: str
+    task: str
+    protocol: Protocol
+    num_done: int
+    num_open: int  # missing or stale
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationStatus:
+    """How far a run is; failures concern whole tasks."""
+
+    out: Path
+    pieces: tuple[PieceStatus, ...]
+    failures: tuple[Failure, ...]
+
+    def __str__(self) -> str:
+        """A table for the terminal: one line an encoder, task and protocol that has something left."""
+        lines = [f"failed: {failure.task}: {failure.message}" for failure in self.failures]
+        for piece in self.pieces:
+            if piece.num_open or piece.failures:
+                cannot = f", {len(piece.failures)} cannot be had: {piece.failures[0].message}" if piece.failures else ""
+                total = piece.num_done + piece.num_open
+                lines.append(f"{piece.encoder}  {piece.task}  {piece.protocol}: {piece.num_done} of {total}{cannot}")
+        done, left = sum(p.num_done for p in self.pieces), sum(p.num_open for p in self.pieces)
+        lines.append(f"{self.out}: {done} results are there, {left} are missing or stale")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run, told apart from every other by its id: what a process keeps open is of one run only."""
+
+    id: str
+    config: EvaluateConfig = field(compare=False)
+    names: tuple[str, ...] = field(compare=False)  # of the encoders
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The trials of one encoder on one task by one protocol: what a process does at a time."""
+
+    run: _Run
+    encoder: int  # place in config.encoders
+    task: str
+    protocol: Protocol
+    num_trials: int
+    alone: bool  # in a process of its own kind: without bars, and with its share of the cores
+
+
+@dataclass(frozen=True)
+class _Answer:
+    written: tuple[Path, ...]
+    failures: tuple[Failure, ...]
 
 
 def run_evaluation(config: EvaluateConfig) -> RunSummary:
@@ -158,247 +133,198 @@ def run_evaluation(config: EvaluateConfig) -> RunSummary:
     Raises UserError for what makes the whole run pointless (no such shards, no task, an address that does not resolve,
     two encoders of one name); what concerns one task or trial is collected in the summary's failures.
     """
-    _check_config(config)
-    failures: list[Failure] = []
-    notes: list[str] = []
-    tasks = _load_tasks(config, failures, notes)
-    notes += [f"{task.card.name}: left out: {'; '.join(task.split.notes)}" for task in tasks if task.split.notes]
-    out = Path(config.out)
+    run, tasks, failures, notes = _prepare(config)
     written: list[Path] = []
     num_skipped = 0
+    shared = config.executor != "local"
+    waiting: list[_Piece] = []
+    for place in range(len(run.names)):
+        pieces = []
+        for task in tasks:
+            for protocol in find_protocols(config, task.card):
+                status = _check_piece(run, place, task, protocol)
+                num_skipped += status.num_done
+                failures += status.failures
+                if status.num_open:
+                    pieces.append(_Piece(run, place, task.card.name, protocol, status.num_open, alone=shared))
+        if not pieces:
+            continue
+        for source in dict.fromkeys(task.card.source for task in tasks if task.card.name in {p.task for p in pieces}):
+            if config.executor != "dask":
+                _load_features(run, place, source)  # before the pieces: every process then finds them in the cache
+        if shared:
+            waiting += pieces
+            continue
+        quick = [piece for piece in pieces if not PROTOCOLS[piece.protocol].shows_progress]
+        answers = run_tasks(
+            _measure_piece, quick, description=f"evaluate {run.names[place]}", unit="results", size=_count_trials
+        )
+        # One bar each: a fine-tuning takes minutes.
+        answers += [_measure_piece(piece) for piece in pieces if PROTOCOLS[piece.protocol].shows_progress]
+        for answer in answers:
+            written += answer.written
+            failures += answer.failures
+    for answer in run_tasks(
+        _measure_piece,
+        waiting,
+        description="evaluate",
+        unit="results",
+        size=_count_trials,
+        processes=count_processes(config),
+        executor="dask" if waiting and config.executor == "dask" else "local",
+        scheduler=config.scheduler,
+    ):
+        written += answer.written
+        failures += answer.failures
+    if config.protocols == "all":  # everything that these data and encoders allow: what they do not is no failure
+        notes += [f"not measured: {failure.describe()}" for failure in failures if failure.is_absence]
+        failures = [failure for failure in failures if not failure.is_absence]
+    return RunSummary(Path(config.out), tuple(written), num_skipped, tuple(failures), tuple(notes))
+
+
+def check_evaluation(config: EvaluateConfig) -> EvaluationStatus:
+    """Say what of a run is measured and what is left, without measuring anything."""
+    run, tasks, failures, _ = _prepare(config)
+    pieces = [
+        _check_piece(run, place, task, protocol)
+        for place in range(len(run.names))
+        for task in tasks
+        for protocol in find_protocols(config, task.card)
+    ]
+    return EvaluationStatus(Path(config.out), tuple(pieces), tuple(failures))
+
+
+def _prepare(config: EvaluateConfig) -> tuple[_Run, list[PlannedTask], list[Failure], list[str]]:
+    check_config(config)
     # Every address is resolved before any work starts: a typo in the last must not show after hours.
-    names = _check_encoders(config)
+    run = _Run(uuid.uuid4().hex, config, ())
+    tasks, failures, notes = _open_tasks(run)
+    run = _Run(run.id, config, tuple(check_encoders(config)))
+    notes = [*notes, *(f"{t.card.name}: left out: {'; '.join(t.split.notes)}" for t in tasks if t.split.notes)]
+    return run, tasks, list(failures), notes
 
-    for entry, name in zip(_get_entries(config), names, strict=True):
-        encoder = load_encoder(entry.address, device=_choose_device(config.device))
-        for shard_set in {task.shard_set.source: task.shard_set for task in tasks}.values():
-            todo: list[tuple[Trial, _Task]] = []
-            for task in tasks:
-                if task.shard_set is not shard_set:
-                    continue
-                for trial in _plan_trials(config, task, _describe_encoder(encoder, name, task.card), failures):
-                    if find_result(out, trial):
-                        num_skipped += 1
-                    else:
-                        todo.append((trial, task))
-            if not todo:
-                continue
-            features = compute_features(
-                encoder,
-                shard_set,
-                cache_dir=Path(config.cache_dir),
-                batch_size=config.batch_size,
-                workers=config.workers,
-            )
-            assert list(features.keys) == shard_set.table.column("key").to_pylist(), "features in the order of the rows"
-            frozen = [(trial, task) for trial, task in todo if trial.protocol != "finetune"]
-            description = f"{name} on {shard_set.source}"
-            with progress_bar(f"evaluate {description}", len(frozen), unit="results") as advance:
-                for trial, task in frozen:
-                    score = _choose_score(config, trial, encoder, task)
-                    _measure(out, trial, features.values[task.split.rows], score, written, failures)
-                    advance(note=f"{trial.card.name} {trial.protocol}")
-            for trial, task in todo:  # one bar each: a fine-tuning takes minutes
-                if trial.protocol == "finetune":
-                    score = _choose_score(config, trial, encoder, task)
-                    _measure(out, trial, features.values[task.split.rows], score, written, failures)
-    return RunSummary(
-        out=out, written=tuple(written), num_skipped=num_skipped, failures=tuple(failures), notes=tuple(notes)
+
+@lru_cache(maxsize=1)
+def _open_tasks(run: _Run) -> tuple[list[PlannedTask], list[Failure], list[str]]:
+    failures: list[Failure] = []
+    notes: list[str] = []
+    return load_tasks(run.config, failures, notes), failures, notes
+
+
+@lru_cache(maxsize=1)
+def _load_encoder(run: _Run, place: int) -> Encoder:
+    return load_encoder(get_entries(run.config)[place].address, device=_choose_device(run.config.device))
+
+
+@lru_cache(maxsize=1)
+def _load_features(run: _Run, place: int, source: str) -> NDArray[np.float32]:
+    """Features of every row of the source's shard set, [rows, D]."""
+    config = run.config
+    shard_set = next(task.shard_set for task in _open_tasks(run)[0] if task.card.source == source)
+    features = compute_features(
+        _load_encoder(run, place),
+        shard_set,
+        cache_dir=Path(config.cache_dir),
+        batch_size=config.batch_size,
+        workers=config.workers,
     )
+    assert list(features.keys) == shard_set.table.column("key").to_pylist(), "features in the order of the rows"
+    return features.values
 
 
-Score = Callable[[Trial, NDArray[np.float32]], Any]
+def _count_trials(piece: _Piece) -> int:
+    return piece.num_trials
 
 
-def _choose_score(config: EvaluateConfig, trial: Trial, encoder: Encoder, task: _Task) -> Score:
-    """Bind a protocol to its settings: the result takes (trial, features [N, D] of the split's images)."""
-    has_cls = encoder.module.has_cls
-    scores: dict[Protocol, Score] = {
-        "linear_probe": lambda trial, features: score_linear_probe(trial, features, config.linear_probe),
-        "knn": lambda trial, features: score_knn(trial, features, config.knn),
-        "prototype": lambda trial, features: score_prototype(trial, features, config.prototype),
-        "finetune": lambda trial, features: score_finetune(trial, features, encoder, task.shard_set, config.finetune),
-        "metadata_fusion": lambda trial, features: score_metadata_fusion(
-            trial, features, task.shard_set, config.metadata_fusion
-        ),
-        "panderm_compat": lambda trial, features: score_panderm_compat(
-            trial, features, config.panderm_compat, has_cls=has_cls
-        ),
-        "dinov2_compat": lambda trial, features: score_dinov2_compat(
-            trial, features, config.dinov2_compat, has_cls=has_cls
-        ),
-    }
-    return scores[trial.protocol]
+def _check_piece(run: _Run, place: int, task: PlannedTask, protocol: Protocol) -> PieceStatus:
+    failures: list[Failure] = []
+    encoder = describe_encoder(_load_encoder(run, place), run.names[place], task.card)
+    trials = plan_trials(run.config, task, protocol, encoder, failures)
+    num_done = sum(find_result(Path(run.config.out), trial) is not None for trial in trials)
+    return PieceStatus(encoder.name, task.card.name, protocol, num_done, len(trials) - num_done, tuple(failures))
+
+
+def _measure_piece(piece: _Piece) -> _Answer:
+    """Measure what is open of a piece; runs in this process, in one of several, or on a cluster's worker."""
+    if not piece.alone:
+        return _measure_trials(piece)
+    # Processes that each take all cores wait for each other; on a cluster, how many share a machine is the cluster's.
+    num_threads = max(1, (os.cpu_count() or 1) // count_processes(piece.run.config))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(min(before, num_threads))
+        with threadpool_limits(num_threads), muted():
+            return _measure_trials(piece)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure_trials(piece: _Piece) -> _Answer:
+    run = piece.run
+    written: list[Path] = []
+    failures: list[Failure] = []
+    task = next(task for task in _open_tasks(run)[0] if task.card.name == piece.task)
+    encoder = _load_encoder(run, piece.encoder)
+    material = Material(_load_features(run, piece.encoder, task.card.source), encoder, task.shard_set)
+    card = describe_encoder(encoder, run.names[piece.encoder], task.card)
+    trials = [
+        trial
+        for trial in plan_trials(run.config, task, piece.protocol, card, [])  # what fails there was counted by the plan
+        if find_result(Path(run.config.out), trial) is None
+    ]
+    together = _score_together(run.config, piece.protocol, trials, material)
+    for place, trial in enumerate(trials):
+        scored = together[place] if together else None
+        _measure(run.config, trial, material, scored, written, failures)
+    return _Answer(tuple(written), tuple(failures))
+
+
+def _score_together(
+    config: EvaluateConfig, protocol: Protocol, trials: Sequence[Trial], material: Material
+) -> list[Scored]:
+    """Score all trials at once where the protocol can and the device gains by it; else none."""
+    score_many = PROTOCOLS[protocol].score_many
+    if score_many is None or material.encoder.device.type != "cuda":
+        return []
+    if not trials or isinstance(trials[0].card.split, NestedSplit):
+        return []
+    try:
+        return score_many(trials, material, getattr(config, protocol))
+    except UserError:  # one by one then: the fault is that of one trial
+        return []
 
 
 def _measure(
-    out: Path,
+    config: EvaluateConfig,
     trial: Trial,
-    features: NDArray[np.float32],
-    score: Score,
+    material: Material,
+    scored: Scored | None,
     written: list[Path],
     failures: list[Failure],
 ) -> None:
+    """Score a trial, unless that is done, and write its Result; a fault becomes a failure."""
     started = time.monotonic()
-    variant = trial.recipe["variant"]
-    protocol = trial.protocol if variant == "default" else f"{trial.protocol} ({variant})"
-    what = f"{protocol} at {trial.label_fraction:g} of the labels, draw {trial.draw}, seed {trial.seed}"
+    settings = getattr(config, trial.protocol)
+    score = PROTOCOLS[trial.protocol].score
+    what = (
+        f"{describe_recipe(trial.protocol, trial.recipe)} at {trial.label_fraction:g} of the labels, "
+        f"draw {trial.draw}, seed {trial.seed}"
+    )
     try:
-        scored = score(trial, features)
-        written.append(write_trial(out, trial, scored, time.monotonic() - started))
+        if scored is None:
+            is_nested = isinstance(trial.card.split, NestedSplit) and trial.label_fraction > 0
+            scored = (
+                score_nested(trial, lambda inner: score(inner, material, settings))
+                if is_nested
+                else score(trial, material, settings)
+            )
+        written.append(write_trial(Path(config.out), trial, scored, material.shard_set, time.monotonic() - started))
     except UserError as error:
         failures.append(Failure(trial.card.name, trial.encoder.name, what, str(error)))
     except Exception as error:
         # A defect in one trial must not cost the night's other results; its traceback goes into the summary.
         message = f"{type(error).__name__}: {error}"
         failures.append(Failure(trial.card.name, trial.encoder.name, what, message, traceback.format_exc()))
-
-
-def _plan_trials(config: EvaluateConfig, task: _Task, encoder: EncoderCard, failures: list[Failure]) -> list[Trial]:
-    """List the trials of one encoder on one task; one that cannot be had (too few labels) becomes a failure."""
-    trials = []
-    planned = itertools.product(_list_recipes(config), config.fractions)
-    for (protocol, recipe), fraction in planned:
-        draws = range(config.draws if fraction < 1 else 1)
-        seeds = config.seeds if protocol == "finetune" else config.seeds[:1]
-        for draw, seed in itertools.product(draws, seeds):
-            try:
-                trials.append(
-                    build_trial(
-                        task.card,
-                        task.split,
-                        encoder,
-                        task.shard_set,
-                        protocol=protocol,
-                        recipe=recipe,
-                        evaluated_on=config.evaluate_on,
-                        label_fraction=fraction,
-                        draw=draw,
-                        seed=seed,
-                        num_replicates=config.num_replicates,
-                    )
-                )
-            except UserError as error:
-                what = f"{protocol} at {fraction:g} of the labels, draw {draw}"
-                failures.append(Failure(task.card.name, encoder.name, what, str(error)))
-    return trials
-
-
-def _list_recipes(config: EvaluateConfig) -> list[tuple[Protocol, dict[str, Any]]]:
-    """Every protocol with its settings as plain values, as often as it has variants."""
-    recipes = []
-    for protocol in config.protocols:
-        settings = to_plain(getattr(config, protocol))
-        variants = settings.pop("variants", None) or [settings["variant"]]
-        recipes += [(protocol, {**settings, "variant": variant}) for variant in variants]
-    return recipes
-
-
-def _check_config(config: EvaluateConfig) -> None:
-    way_out = "give --encoder ADDRESS" if not config.encoders else "give --shards DIR" if not config.shards else ""
-    for key in ("encoders", "shards", "protocols", "fractions", "seeds"):
-        if not getattr(config, key):
-            raise UserError(f"{key} is empty; an evaluation needs at least one{': ' if way_out else ''}{way_out}")
-    for fraction in config.fractions:
-        if not 0 < fraction <= 1:
-            raise UserError(f"fractions ({fraction:g}): a label fraction is above 0 and at most 1, for example 0.1")
-
-
-def _load_tasks(config: EvaluateConfig, failures: list[Failure], notes: list[str]) -> list[_Task]:
-    """Open the shard sets, choose the tasks on them and put every image into its fold.
-
-    A task of a family without a protocol is a failure where it was asked for by name, a note among all tasks.
-    """
-    shard_sets: dict[str, ShardSet] = {}
-    for path in config.shards:
-        shard_set = open_shard_set(path)
-        if shard_set.source in shard_sets:
-            raise UserError(
-                f"shards: {path} and {shard_sets[shard_set.source].path} both hold source {shard_set.source}; "
-                f"evaluate them one at a time, into different results folders"
-            )
-        shard_sets[shard_set.source] = shard_set
-    tasks = []
-    unmeasured: dict[Family, list[str]] = {}
-    known = list_tasks(config.task_dir)
-    for name in known if config.tasks == "all" else config.tasks:
-        card = load_task(name, config.task_dir)
-        if card.source not in shard_sets:
-            if config.tasks != "all":
-                message = f"no shard set of source {card.source} was given (given: {', '.join(shard_sets)})"
-                failures.append(Failure(card.name, None, "all trials", message))
-            continue
-        if card.family not in MEASURED_FAMILIES:
-            unmeasured.setdefault(card.family, []).append(card.name)
-            if config.tasks != "all":
-                message = f"no protocol measures the family {card.family} yet; measured: {', '.join(MEASURED_FAMILIES)}"
-                failures.append(Failure(card.name, None, "all trials", message))
-            continue
-        try:
-            card = find_classes(card, shard_sets[card.source])
-            split = load_split(card, shard_sets[card.source], config.task_dir)
-        except UserError as error:
-            failures.append(Failure(card.name, None, "all trials", str(error)))
-            continue
-        tasks.append(_Task(card, split, shard_sets[card.source]))
-    if unmeasured and config.tasks == "all":
-        families = "; ".join(f"{family} ({', '.join(names)})" for family, names in unmeasured.items())
-        notes.append(f"tasks left out, no protocol measures their families yet: {families}")
-    if not tasks and not failures and not notes:
-        raise UserError(
-            f"tasks: no known task is on the sources {', '.join(shard_sets)}; `panfm evaluate list` shows the tasks, "
-            f"--task-dir adds your own"
-        )
-    return tasks
-
-
-def _get_entries(config: EvaluateConfig) -> list[EncoderEntry]:
-    return [EncoderEntry(address=entry) if isinstance(entry, str) else entry for entry in config.encoders]
-
-
-def _check_encoders(config: EvaluateConfig) -> list[str]:
-    """Resolve every address once and return the encoders' names, which must be unique as folder names too."""
-    names: list[str] = []
-    addresses: dict[str, str] = {}  # by folder name
-    for entry in _get_entries(config):
-        encoder = load_encoder(entry.address, device="cpu")
-        name = entry.name or encoder.name
-        folder = make_folder_name(name)
-        if folder in addresses:
-            raise UserError(
-                f"encoders: {addresses[folder]} and {entry.address} are both named {name!r}; give one another name: "
-                f"{{address: {entry.address}, name: ...}}"
-            )
-        addresses[folder] = entry.address
-        names.append(name)
-    return names
-
-
-def _describe_encoder(encoder: Encoder, name: str, card: TaskCard) -> EncoderCard:
-    """The encoder as this task's Results show it. Contamination is a fact about an encoder and a task together."""
-    values = {**asdict(encoder.card), "name": name}
-    if encoder.facts is not None:
-        values["contamination"] = "excluded" if card.name in encoder.facts.excluded_tasks else "unknown"
-        values["excluded_tasks"], values["audit"] = encoder.facts.excluded_tasks, encoder.facts.audit
-        # What a network of unknown data began or learned from, it may have seen through its teacher.
-        unknown = any(address.scheme != "timm" for address in find_ancestors(encoder.facts))
-        values["sources"] = (
-            None
-            if unknown
-            else tuple(
-                TrainedOn(
-                    source=source.source,
-                    data_hash=source.data_hash,
-                    num_kept=source.num_kept,
-                    num_excluded=source.num_excluded,
-                    num_audited=source.num_audited,
-                )
-                for source in encoder.facts.sources
-            )
-        )
-    elif encoder.card.contamination == "none":
-        values["sources"] = ()
-    return EncoderCard(**values)
 
 
 def _choose_device(device: str) -> str:

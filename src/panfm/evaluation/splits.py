@@ -9,7 +9,7 @@ A group (patient, else lesion, else slide) lies in one fold: a split that cuts a
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +20,18 @@ from numpy.typing import NDArray
 
 from panfm.errors import UserError
 from panfm.evaluation.task_rows import TaskRows, can_run, find_classes, select_rows
-from panfm.evaluation.tasks import FOLDS, CommittedSplit, OfficialSplit, RuleSplit, TaskCard, list_tasks, load_task
+from panfm.evaluation.tasks import (
+    FOLDS,
+    CommittedSplit,
+    NestedSplit,
+    OfficialSplit,
+    RuleSplit,
+    TaskCard,
+    list_tasks,
+    load_task,
+)
 from panfm.files import compute_json_hash, list_resources, open_atomic
+from panfm.measures.probe import make_group_folds
 from panfm.shards.cards import load_card
 from panfm.shards.index import Exclusion, ShardSet, compute_data_hash
 
@@ -45,6 +55,11 @@ class Split:
     rows: int64 [N], row numbers in the shard set's table. keys, groups, folds: [N] text. labels: int64 [N], place in
     the card's class_names. hash: of (source, key, group, fold, class) of all images: equal splits, equal hashes.
     group_kind: patient, lesion, slide or sample (= groups unknown). notes: what was left out, in words, with counts.
+
+    Where not single images are scored but what is made of several (a pair of visits, a slide, a patient; see `units`),
+    the arrays run over these units instead; members: the row numbers of each unit's images, () = each is one image,
+    that of `rows`. targets: float64 [N, T], what a family without classes asks for (a number; days and event); T may
+    be 0.
     """
 
     task: str
@@ -57,15 +72,40 @@ class Split:
     group_kind: str
     hash: str
     notes: tuple[str, ...]
+    members: tuple[NDArray[np.int64], ...] = ()
+    targets: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
 
     def find(self, *folds: str) -> NDArray[np.int64]:
         """Return the places (not row numbers) of the images in one of `folds`: int64 [n]."""
         return np.flatnonzero(np.isin(self.folds, folds)).astype(np.int64)
 
+    def take(self, places: NDArray[np.int64], rule: str, note: str) -> "Split":
+        """The split of some of its units, int64 [n]: `rule` enters its hash, `note` says what is missing."""
+        return replace(
+            self,
+            rows=self.rows[places],
+            keys=self.keys[places],
+            groups=self.groups[places],
+            labels=self.labels[places],
+            folds=self.folds[places],
+            hash=compute_json_hash([rule, self.hash, self.keys[places].tolist()]),
+            notes=(*self.notes, note),
+            members=tuple(self.members[place] for place in places) if self.members else (),
+            targets=self.targets[places] if len(self.targets) else self.targets,
+        )
+
+    @property
+    def strata(self) -> NDArray[np.int64]:
+        """What folds and choices of labels spread evenly, [N]: the class; in survival, whether the event occurred."""
+        has_event = self.targets.shape == (len(self.keys), 2)
+        return self.targets[:, 1].astype(np.int64) if has_event else self.labels
+
     def compute_data_hash(self, shard_set: ShardSet) -> str:
         """Hash of the task's images in order of key: shards rebuilt in another order hold the same data."""
-        sha256s = shard_set.table.column("sha256").take(pa.array(self.rows)).to_pylist()
-        return compute_data_hash(self.keys.tolist(), sha256s)
+        rows = np.concatenate(self.members) if self.members else self.rows
+        keys = shard_set.table.column("key").take(pa.array(rows)).to_pylist()
+        sha256s = shard_set.table.column("sha256").take(pa.array(rows)).to_pylist()
+        return compute_data_hash(keys, sha256s)
 
 
 def load_split(card: TaskCard, shard_set: ShardSet, task_dir: str | Path | None = None) -> Split:
@@ -86,6 +126,8 @@ def load_split(card: TaskCard, shard_set: ShardSet, task_dir: str | Path | None 
         notes += more
     elif isinstance(card.split, OfficialSplit):
         folds = _compute_official_folds(card.split, rows, shard_set)
+    elif isinstance(card.split, NestedSplit):
+        folds = np.full(len(rows.keys), "test", dtype="<U5")
     else:
         folds = _compute_rule_folds(card.split, rows.groups)
 
@@ -107,13 +149,28 @@ def load_split(card: TaskCard, shard_set: ShardSet, task_dir: str | Path | None 
         notes=tuple(notes),
     )
     _check_groups(card, split)
-    for fold in ("train", "test"):
+    for fold in ("test",) if isinstance(card.split, NestedSplit) else ("train", "test"):
         if len(split.find(fold)) == 0:
             raise UserError(
                 f"task {card.name} on {shard_set.path}: no image in the fold {fold!r} (split: {card.split.kind}); "
                 f"check the card's split against the shards, or use more images"
             )
     return split
+
+
+def find_outer_folds(split: Split, nested: NestedSplit, repeat: int) -> NDArray[np.int64]:
+    """The outer fold of each unit [N] in one repeat of a nested cross-validation: grouped, every class spread evenly.
+
+    Raises UserError where a class has one group only: no fold of it can be scored by a probe that knows the class.
+    """
+    seed = _hash_number("outer", str(nested.seed), str(repeat), split.hash) >> 1
+    folds = make_group_folds(split.strata, split.groups, nested.folds, seed)
+    if not folds.any():
+        raise UserError(
+            f"task {split.task}: a class has one {split.group_kind} only, so no fold can be held out; merge "
+            f"it with another class in the card, or use more images"
+        )
+    return folds
 
 
 def find_split_file(name: str, task_dir: str | Path | None = None) -> Path:

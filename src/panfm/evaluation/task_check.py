@@ -33,6 +33,7 @@ from panfm.evaluation.families import (
 )
 from panfm.evaluation.published import find_published
 from panfm.evaluation.splits import Split, load_split
+from panfm.evaluation.subgroup_columns import read_levels
 from panfm.evaluation.task_rows import can_run, find_classes
 from panfm.evaluation.tasks import FOLDS, TaskCard
 from panfm.shards.cards import SourceCard, list_cards, load_card
@@ -43,7 +44,6 @@ NUM_FOLDS = 5  # of the probe's inner cross-validation (LinearProbeConfig.num_fo
 FEW_TEST_GROUPS = 10  # in the rarest class: below it an interval is as wide as the scale
 MAX_CLASSES = 12  # rows of the table; more classes are summed up
 MAX_LEVELS = 5  # of a subgroup, the largest first
-AGE_BANDS = ((0, 30), (30, 50), (50, 70), (70, 200))  # years
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _count_subgroups(card: TaskCard, split: Split, shard_set: ShardSet) -> Itera
     table = shard_set.table.take(pa.array(split.rows[test]))
     groups = split.groups[test]
     for name in card.subgroups:
-        levels = np.array(_read_levels(table, name), dtype=np.str_)
+        levels = np.array([level or "" for level in read_levels(table, name)], dtype=np.str_)
         counts = {level: int((levels == level).sum()) for level in np.unique(levels).tolist()}
         known = sorted((level for level in counts if level), key=lambda level: (-counts[level], level))
         texts = [
@@ -260,21 +260,6 @@ def _count_subgroups(card: TaskCard, split: Split, shard_set: ShardSet) -> Itera
         if "" in counts:
             texts.append(f"unknown {counts['']:,}")
         yield _fold(f"  {name}: {', '.join(texts)}")
-
-
-def _read_levels(table: pa.Table, name: str) -> list[str]:
-    """The level of each row; "" = unknown."""
-    if name == "age":
-        bands = {(low, high): f"{low}-{high - 1}" if high < 200 else f"{low} or more" for low, high in AGE_BANDS}
-        ages = table.column("age").to_pylist()
-        return [
-            next((text for (low, high), text in bands.items() if age is not None and low <= age < high), "")
-            for age in ages
-        ]
-    if name == "phototype":
-        pairs = zip(table.column("phototype_low").to_pylist(), table.column("phototype_high").to_pylist(), strict=True)
-        return ["" if low is None else str(low) if low == high else f"{low}-{high}" for low, high in pairs]
-    return [value or "" for value in table.column(name).to_pylist()]
 
 
 def _warn(card: TaskCard, split: Split, shard_set: ShardSet) -> Iterator[str]:

@@ -86,6 +86,21 @@ class RuleSplit(BaseModel):
         return self
 
 
+class NestedSplit(BaseModel):
+    """No fixed test fold: cross-validation in which every group is scored by probes that did not see it.
+
+    For sources of few groups, whose single test fold would say little. All groups count as test groups, so that
+    pretraining leaves out all of them. Within each outer training part the protocol chooses its settings as always.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["nested"]
+    seed: int = 0
+    folds: int = Field(default=5, ge=2)
+    repeats: int = Field(default=5, ge=1)  # with other folds each; the scores of a unit are averaged over them
+
+
 class TaskCard(BaseModel):
     """One benchmark task. `version` grows whenever the same name would give other numbers."""
 
@@ -105,10 +120,11 @@ class TaskCard(BaseModel):
     others: str = "error"  # what any further label value is: an error, or `ignore`, or the class of this name
     target: Target | None = None  # what only this family has: a section of evaluation/families.py
     group: Group  # the unit that no split and no label fraction may cut
-    split: Annotated[CommittedSplit | OfficialSplit | RuleSplit, Field(discriminator="kind")]
+    split: Annotated[CommittedSplit | OfficialSplit | RuleSplit | NestedSplit, Field(discriminator="kind")]
     metrics: tuple[str, ...] = Field(min_length=1)
     primary_metric: str
     subgroups: tuple[Subgroup, ...] = ()
+    references: dict[Subgroup, str] = Field(default_factory=dict)  # level that others are compared with; null: largest
     claim: bool = True  # False: checks the pipeline, supports no claim about an encoder
     claim_note: str | None = None  # why not
     note: str | None = None  # how it differs from what was published, and what in it is a guess
@@ -145,6 +161,9 @@ class TaskCard(BaseModel):
                 raise ValueError(f"metric {metric!r} is defined for two classes; this task has {num_classes}")
         if self.primary_metric not in self.metrics:
             raise ValueError(f"primary_metric {self.primary_metric!r} must be one of metrics {list(self.metrics)}")
+        for subgroup in self.references:
+            if subgroup not in self.subgroups:
+                raise ValueError(f"references names {subgroup!r}, which is not among subgroups {list(self.subgroups)}")
         if not self.claim and not self.claim_note:
             raise ValueError("claim is false without a claim_note; say why nothing may be claimed from this task")
         return self

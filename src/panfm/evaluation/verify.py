@@ -6,17 +6,19 @@ Every fault is a UserError that names the file: predictions that are missing or 
 follow from them, a Result that is there twice, one name on two encoders, a task measured on two test sets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from panfm.errors import UserError
-from panfm.evaluation.results import Result, get_scores, read_predictions
+from panfm.evaluation.results import SUBGROUP_PREFIX, Result, make_outcome, read_predictions
 from panfm.files import compute_file_sha256
-from panfm.measures.metrics import compute_metric, compute_replicates
+from panfm.measures.by_family import compute_outcome_replicates, compute_point
+from panfm.measures.outcomes import Outcome
 
 Floats = NDArray[np.float64]
 SAME_VALUE = 1e-6  # a Result's metric and the one recomputed from its predictions
@@ -34,14 +36,31 @@ class Run:
 
 @dataclass(frozen=True)
 class TestSet:
-    """The rows that every encoder must have predicted, in order of key."""
+    """The units that every encoder must have scored, in order of key, with the scores of this Result.
+
+    subgroups: attribute -> the level of each unit, None where it is unknown.
+    """
 
     result: Result
     path: Path
     keys: NDArray[np.str_]
-    groups: NDArray[np.str_]
-    labels: NDArray[np.int64]
-    scores: Floats  # of this Result
+    outcome: Outcome
+    subgroups: Mapping[str, list[str | None]]
+
+    @property
+    def groups(self) -> NDArray[np.str_]:
+        """Names [N] of what is resampled together."""
+        return self.outcome.groups
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Classes [N]."""
+        return self.outcome.labels
+
+    @property
+    def scores(self) -> Floats:
+        """Scores [N, K]."""
+        return self.outcome.scores
 
 
 def check_unique(found: Sequence[tuple[Path, Result]]) -> None:
@@ -74,28 +93,29 @@ def read_test_set(path: Path, result: Result) -> TestSet:
             f"{file}: these are not the predictions that {path.name} was made from (SHA-256 differs from its "
             "predictions_sha256); run `panfm evaluate run` again"
         )
-    table = read_predictions(file).sort_by([("key", "ascending"), ("repeat", "ascending"), ("fold", "ascending")])
-    return TestSet(
-        result=result,
-        path=path,
-        keys=np.asarray(table.column("key").to_pylist(), dtype=np.str_),
-        groups=np.asarray(table.column("group").to_pylist(), dtype=np.str_),
-        labels=np.asarray(table.column("label"), dtype=np.int64),
-        scores=get_scores(table),
-    )
+    table = read_predictions(file)
+    keys, outcome = make_outcome(table, result.settings.get("grid", ()))
+    first = table.filter(pc.equal(table["repeat"], 0)).sort_by([("key", "ascending")])
+    subgroups = {
+        name.removeprefix(SUBGROUP_PREFIX): first.column(name).to_pylist()
+        for name in first.schema.names
+        if name.startswith(SUBGROUP_PREFIX)
+    }
+    return TestSet(result, path, keys, outcome, subgroups)
 
 
 def check_same_test_set(first: TestSet, other: TestSet) -> None:
     """Refuse predictions of other images, labels or groups, or of another version of the task."""
-    for field in ("task_version", "split_hash", "data_hash", "classes", "primary_metric", "synthetic"):
+    for field in ("task_version", "family", "split_hash", "data_hash", "classes", "primary_metric", "synthetic"):
         ours, theirs = getattr(other.result, field), getattr(first.result, field)
         if ours != theirs:
             raise UserError(
                 f"{other.path}: {field} of task {other.result.task} is {ours}, but {theirs} in {first.path}; a board "
                 "compares encoders on one test set, evaluate the older one again or leave it out"
             )
-    same = np.array_equal(first.keys, other.keys) and np.array_equal(first.labels, other.labels)
-    if not (same and np.array_equal(first.groups, other.groups)):
+    pairs = ((first.keys, other.keys), (first.labels, other.labels), (first.groups, other.groups))
+    same_targets = np.array_equal(first.outcome.targets, other.outcome.targets)
+    if not (same_targets and all(np.array_equal(ours, theirs) for ours, theirs in pairs)):
         raise UserError(
             f"{other.path}: its predictions of task {other.result.task} hold other images, labels or groups than those "
             f"of {first.path}; encoders are compared on the same images only"
@@ -106,7 +126,7 @@ def recompute(test_set: TestSet, weights: NDArray[np.uint16]) -> Run:
     """Recompute the primary metric and its replicates under shared bootstrap weights [R, N]."""
     result = test_set.result
     metric = result.primary_metric
-    point = compute_metric(metric, test_set.labels, test_set.scores)
+    point = compute_point(result.family, metric, test_set.outcome)
     stored = result.metrics[metric].value if metric in result.metrics else None
     differs = (stored is None) != (point.value is None)
     if differs or (stored is not None and point.value is not None and abs(stored - point.value) > SAME_VALUE):
@@ -114,5 +134,5 @@ def recompute(test_set: TestSet, weights: NDArray[np.uint16]) -> Run:
             f"{test_set.path}: {metric} is {stored}, but {point.value} follows from its predictions; "
             "the file was changed or is of another version, run `panfm evaluate run` again"
         )
-    replicates = compute_replicates(metric, test_set.labels, test_set.scores, weights)
+    replicates = compute_outcome_replicates(result.family, [metric], test_set.outcome, weights)[metric]
     return Run(result, point.value, point.reason, replicates)

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtr, stdtrit
 from scipy.stats import binom
 
-from panfm.measures.intervals import CONFIDENCE, compute_area_parts, compute_quantile, explain_regime
+from panfm.measures.intervals import CONFIDENCE, AreaParts, compute_area_parts, compute_quantile, explain_regime
 
 Floats = NDArray[np.float64]
 ComparisonMethod = Literal["bootstrap", "delong", "delong_clustered", "hierarchical_bootstrap"]
@@ -63,17 +63,36 @@ def compare_areas(labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike, g
     positive = np.asarray(labels) == 1
     if positive.all() or not positive.any():
         return PairedDifference(None, None, None, f"no test image of class {0 if positive.any() else 1}")
-    parts = compute_area_parts(labels, scores_a, groups).subtract(compute_area_parts(labels, scores_b, groups))
+    parts_a, parts_b = (compute_area_parts(labels, scores, groups) for scores in (scores_a, scores_b))
+    return compare_area_parts(parts_a, parts_b, independent=len(parts_a.positive) == len(positive))
+
+
+def compare_area_parts(
+    parts_a: AreaParts,
+    parts_b: AreaParts,
+    *,
+    independent: bool,
+    further_variance: float = 0.0,
+    further_freedom: float = 1.0,
+) -> PairedDifference:
+    """Compare two AUROCs by the parts that groups add to their errors; independent: every group has one image.
+
+    further_variance, with degrees of freedom of its own: that of the difference which is no matter of the test images,
+    such as the choice of labels (`draws`).
+    """
+    parts = parts_a.subtract(parts_b)
     fewest = parts.num_rarer_groups
     if fewest < 2:
         return PairedDifference(
             parts.area, None, None, f"no interval: {fewest} group in the rarer class, at least 2 are needed"
         )
     reason = explain_regime(fewest, MIN_COMPARED_AREA_GROUPS, "in the rarer class")
-    error = float(np.sqrt(parts.variance))
-    width = compute_quantile(parts.freedom) * error
-    p_value = float(2 * stdtr(parts.freedom, -abs(parts.area) / error)) if error > 0 else 1.0
-    independent = len(parts.positive) == len(positive)
+    variance, freedom = parts.variance + further_variance, parts.freedom
+    if further_variance > 0:
+        freedom = variance**2 / (parts.variance**2 / parts.freedom + further_variance**2 / further_freedom)
+    error = float(np.sqrt(variance))
+    width = compute_quantile(freedom) * error
+    p_value = float(2 * stdtr(freedom, -abs(parts.area) / error)) if error > 0 else 1.0
     return PairedDifference(
         parts.area,
         parts.area - width,

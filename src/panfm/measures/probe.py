@@ -63,10 +63,11 @@ class ProbeFit:
     at_boundary: bool  # C is the smallest or largest of the grid: a wider grid might do better
     converged: bool
     log_losses: dict[float, float]  # mean held-out log-loss of each C that was tried
+    held_out: Floats | None = None  # [N, K], each training row's probabilities at C by the fold that did not see it
 
 
 @dataclass(frozen=True)
-class _Basis:
+class Basis:
     """Standardised features in the coordinates that the solver likes: an exact rotation of their row space."""
 
     mean: Floats  # [D]
@@ -77,7 +78,9 @@ class _Basis:
 
 
 @dataclass(frozen=True)
-class _Optimum:
+class Optimum:
+    """Where one minimisation ended, in the coordinates of the basis."""
+
     weight: Floats  # [K, r]
     bias: Floats  # [K]
     objective: float
@@ -89,8 +92,8 @@ def fit_probe(features: ArrayLike, labels: ArrayLike, *, num_classes: int, C: fl
 
     Raises UserError for features that are not finite and labels that hold fewer than two classes.
     """
-    values, label_array = _check(features, labels, num_classes)
-    return _fit_final(_build_basis(values), label_array, num_classes, C)
+    values, label_array = check_training(features, labels, num_classes)
+    return fit_on_basis(build_basis(values), label_array, num_classes, C)
 
 
 def fit_probe_cv(
@@ -102,19 +105,21 @@ def fit_probe_cv(
     fewer groups than folds lowers the number of folds; a class with one group makes folds impossible, and C is
     `compute_preset_c(D)` with `num_folds` 0.
     """
-    values, label_array = _check(features, labels, num_classes)
-    basis = _build_basis(values)
+    values, label_array = check_training(features, labels, num_classes)
+    basis = build_basis(values)
     folds = make_group_folds(label_array, groups, num_folds, seed)
     num_made = int(folds.max()) + 1
     if num_made < 2:
         preset = compute_preset_c(values.shape[1])
-        probe = _fit_final(basis, label_array, num_classes, preset)
+        probe = fit_on_basis(basis, label_array, num_classes, preset)
         return ProbeFit(probe, preset, 0, False, probe.converged, {})
-    losses = _compute_path_losses(basis, label_array, folds)
+    losses, logits = _compute_path_losses(basis, label_array, folds)
     best = min(losses.values())
     chosen = min(C for C, loss in losses.items() if loss <= best * (1 + TIE))
-    probe = _fit_final(basis, label_array, num_classes, chosen)
-    return ProbeFit(probe, chosen, num_made, chosen in (C_GRID[0], C_GRID[-1]), probe.converged, losses)
+    probe = fit_on_basis(basis, label_array, num_classes, chosen)
+    held_out = np.zeros((len(label_array), num_classes))
+    held_out[:, np.unique(label_array)] = softmax(logits[chosen], axis=0).T
+    return ProbeFit(probe, chosen, num_made, chosen in (C_GRID[0], C_GRID[-1]), probe.converged, losses, held_out)
 
 
 def compute_preset_c(num_features: int) -> float:
@@ -152,7 +157,8 @@ def make_group_folds(labels: ArrayLike, groups: ArrayLike, num_folds: int, seed:
     return assigned[number]
 
 
-def _check(features: ArrayLike, labels: ArrayLike, num_classes: int) -> tuple[Floats, Ints]:
+def check_training(features: ArrayLike, labels: ArrayLike, num_classes: int) -> tuple[Floats, Ints]:
+    """Return features [N, D] and labels [N] of a training set as arrays; UserError where a probe cannot learn."""
     values = np.asarray(features, dtype=np.float64)
     label_array = np.asarray(labels, dtype=np.int64)
     assert values.ndim == 2 and label_array.shape == values.shape[:1], "features are [N, D], labels [N]"
@@ -172,7 +178,8 @@ def _check(features: ArrayLike, labels: ArrayLike, num_classes: int) -> tuple[Fl
     return values, label_array
 
 
-def _build_basis(features: Floats) -> _Basis:
+def build_basis(features: Floats) -> Basis:
+    """Standardise features [N, D] and rotate them to their principal axes; constant ones become 0."""
     mean = features.mean(axis=0)
     spread = features.std(axis=0)
     scale = np.where(spread > CONSTANT_SPREAD * np.abs(mean), spread, 1.0)
@@ -185,15 +192,16 @@ def _build_basis(features: Floats) -> _Basis:
         span, coordinates = None, standardised
     eigenvalues, rotation = np.linalg.eigh(coordinates.T @ coordinates)
     axes = rotation if span is None else span @ rotation
-    return _Basis(mean, scale, coordinates @ rotation, axes, np.maximum(eigenvalues, 0) / len(features))
+    return Basis(mean, scale, coordinates @ rotation, axes, np.maximum(eigenvalues, 0) / len(features))
 
 
-def _fit_final(basis: _Basis, labels: Ints, num_classes: int, C: float) -> Probe:
+def fit_on_basis(basis: Basis, labels: Ints, num_classes: int, C: float) -> Probe:
+    """Fit the probe to labels [N] of the basis's rows, to the last digit."""
     present, compact = np.unique(labels, return_inverse=True)
     optimum = None
     for step in (*[step for step in C_GRID if C / 1e3 < step < C][::2], C):  # a short path is quicker than a cold start
         tolerance = FINAL_TOLERANCE if step == C else FOLD_TOLERANCE
-        optimum = _minimise(basis.coordinates, compact, basis.variances, step, optimum, tolerance)
+        optimum = minimise(basis.coordinates, compact, basis.variances, step, optimum, tolerance)
     assert optimum is not None
     weight = np.zeros((num_classes, len(basis.mean)))
     bias = np.full(num_classes, -np.inf)
@@ -202,43 +210,50 @@ def _fit_final(basis: _Basis, labels: Ints, num_classes: int, C: float) -> Probe
     return Probe(basis.mean, basis.scale, weight, bias, C, optimum.objective, optimum.converged)
 
 
-def _compute_path_losses(basis: _Basis, labels: Ints, folds: Ints) -> dict[float, float]:
-    """Compute the mean held-out log-loss of each C, all folds side by side, until it has worsened PATIENCE times."""
+def _compute_path_losses(basis: Basis, labels: Ints, folds: Ints) -> tuple[dict[float, float], dict[float, Floats]]:
+    """Compute the mean held-out log-loss of each C, all folds side by side, until it has worsened PATIENCE times.
+
+    Returns with it the held-out logits [K, N] of the K classes that occur.
+    """
     _, compact = np.unique(labels, return_inverse=True)
     num_folds = int(folds.max()) + 1
-    optima: list[_Optimum | None] = [None] * num_folds
+    optima: list[Optimum | None] = [None] * num_folds
     # In float32 the log-loss differs in the seventh digit and each product takes half as long.
     training = [basis.coordinates[folds != fold].astype(np.float32) for fold in range(num_folds)]
     losses: dict[float, float] = {}
+    predicted: dict[float, Floats] = {}
     num_worse = 0
     for C in C_GRID:
         total = 0.0
+        predicted[C] = np.empty((int(compact.max()) + 1, len(labels)))
         for fold in range(num_folds):
             held_out = folds == fold
-            optimum = _minimise(training[fold], compact[~held_out], basis.variances, C, optima[fold], FOLD_TOLERANCE)
+            optimum = minimise(training[fold], compact[~held_out], basis.variances, C, optima[fold], FOLD_TOLERANCE)
             optima[fold] = optimum
             logits = optimum.weight @ basis.coordinates[held_out].T + optimum.bias[:, None]
-            total += _sum_log_loss(logits, compact[held_out])
+            total += sum_log_loss(logits, compact[held_out])
+            predicted[C][:, held_out] = logits
         loss = total / len(labels)
         num_worse = num_worse + 1 if losses and loss > min(losses.values()) else 0
         losses[C] = loss
         if num_worse == PATIENCE:
             break
-    return losses
+    return losses, predicted
 
 
-def _sum_log_loss(logits: Floats, labels: Ints) -> float:
+def sum_log_loss(logits: Floats, labels: Ints) -> float:
+    """Sum of the log-losses of logits [K, N] against labels [N]."""
     return float((logsumexp(logits, axis=0) - logits[labels, np.arange(len(labels))]).sum())
 
 
-def _minimise(
+def minimise(
     coordinates: NDArray[np.floating],
     labels: Ints,
     variances: Floats,
     C: float,
-    start: _Optimum | None,
+    start: Optimum | None,
     tolerance: float,
-) -> _Optimum:
+) -> Optimum:
     """Minimise the objective over weight [K, r] and bias [K] by L-BFGS in preconditioned variables.
 
     The Hessian's diagonal is about n * variance_j * p_k (1 - p_k) + 1 / C in the rotated coordinates, p_k (1 - p_k)
@@ -251,7 +266,7 @@ def _minimise(
     rows = np.arange(num_rows)
     if start is None:
         shares = np.bincount(labels, minlength=K) / num_rows
-        start = _Optimum(np.zeros((K, num_axes)), np.log(np.maximum(shares, 1e-12)), np.inf, False)
+        start = Optimum(np.zeros((K, num_axes)), np.log(np.maximum(shares, 1e-12)), np.inf, False)
         spread = shares * (1 - shares)
     else:
         probability = softmax(start.weight @ coordinates.T + start.bias[:, None], axis=0)
@@ -282,4 +297,4 @@ def _minimise(
     options = {"maxiter": MAX_ITERATIONS, "maxfun": 2 * MAX_ITERATIONS, "maxcor": 20, "ftol": tolerance, "gtol": 0.0}
     found = minimize(evaluate, first, jac=True, method="L-BFGS-B", options=options)
     weight = found.x[:-K].reshape(K, num_axes) / weight_scale
-    return _Optimum(weight, found.x[-K:] / bias_scale, float(found.fun), bool(found.success))
+    return Optimum(weight, found.x[-K:] / bias_scale, float(found.fun), bool(found.success))

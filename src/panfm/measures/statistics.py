@@ -125,12 +125,27 @@ def estimate_metrics(
         elif special is not None:
             estimates[name] = replace(special, value=value)
         else:
-            interval = compute_interval(replicates[name], num_groups)
-            reason = interval.reason or _explain_bootstrap(name, num_rarer)
-            estimates[name] = Estimate(
-                value, interval.low, interval.high, reason, interval.num_undefined, interval.method
-            )
+            estimates[name] = describe_value(name, value, replicates[name], num_groups, num_rarer)
     return estimates
+
+
+def describe_value(
+    name: str,
+    value: float,
+    replicates: ArrayLike,
+    num_groups: int,
+    num_rarer: int,
+    which: str = "in the rarer class",
+) -> Estimate:
+    """Describe a value of metric `name` by its replicates [R]: the percentile interval, or why there is none.
+
+    num_rarer: the number of groups that the declared regime asks for, `which` of them in words.
+    """
+    if name in NO_INTERVAL:
+        return Estimate(value, None, None, NO_INTERVAL[name])
+    interval = compute_interval(replicates, num_groups)
+    reason = interval.reason or explain_regime(num_rarer, MIN_BOOTSTRAP_GROUPS.get(name, FEW_GROUPS), which)
+    return Estimate(value, interval.low, interval.high, reason, interval.num_undefined, interval.method)
 
 
 def compare_paired(
@@ -160,13 +175,18 @@ def compare_paired(
 
 
 def describe_difference(
-    name: str, difference: float, replicates: ArrayLike, num_groups: int, num_rarer: int
+    name: str,
+    difference: float,
+    replicates: ArrayLike,
+    num_groups: int,
+    num_rarer: int,
+    which: str = "in the rarer class",
 ) -> PairedDifference:
     """Describe a difference in metric `name` by its replicates [R]; a p-value only inside the declared regime."""
     if name in NO_INTERVAL:
         return PairedDifference(difference, None, None, NO_INTERVAL[name])
     interval = compute_interval(replicates, num_groups)
-    reason = interval.reason or explain_regime(num_rarer, MIN_PAIRED_GROUPS, "in the rarer class")
+    reason = interval.reason or explain_regime(num_rarer, MIN_PAIRED_GROUPS, which)
     return PairedDifference(
         difference,
         interval.low,
@@ -193,7 +213,3 @@ def _estimate_closed(
     if name == "accuracy" and num_rarer < FEW_GROUPS:
         return estimate_proportion(np.argmax(scores, axis=1) == np.asarray(labels), groups)
     return None
-
-
-def _explain_bootstrap(name: str, num_rarer: int) -> str | None:
-    return explain_regime(num_rarer, MIN_BOOTSTRAP_GROUPS.get(name, FEW_GROUPS), "in the rarer class")
