@@ -34,9 +34,19 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from panfm.evaluation.splits import compute_label_subset
+from panfm.evaluation.label_subsets import compute_label_subset
 from panfm.measures.metrics import compute_all_replicates
-from panfm.measures.probe import C_GRID, ProbeFit, fit_probe, fit_probe_cv, make_group_folds
+from panfm.measures.probe import (
+    C_GRID,
+    FINAL_TOLERANCE,
+    FOLD_TOLERANCE,
+    ProbeFit,
+    build_basis,
+    fit_probe,
+    fit_probe_cv,
+    make_group_folds,
+    minimise,
+)
 from panfm.measures.statistics import draw_group_weights
 
 Floats = NDArray[np.float64]
@@ -49,6 +59,8 @@ METRICS = (
     "auroc", "auprc", "balanced_accuracy", "accuracy", "weighted_f1", "macro_f1", "kappa", "log_loss", "brier",
 )  # fmt: skip
 SHARES = (0.67, 0.111, 0.11, 0.051, 0.033, 0.014, 0.011)  # of the classes of HAM10000
+# Such that the probe reaches the AUROC that encoders reach on HAM10000: 0.75 to 0.95 from 10 % to all of the labels.
+SEPARATION = 0.08
 GAP = 1e-6
 SAMPLE = 0.02  # of the peer's fits that is timed
 CORES = 2
@@ -92,7 +104,7 @@ def draw_data(num_train: int, num_test: int, num_features: int, seed: int = 0) -
     labels = rng.choice(len(SHARES), num_rows, p=np.array(SHARES) / sum(SHARES))
     spectrum = 1 / np.sqrt(1 + np.arange(num_features))
     latent = rng.normal(size=(num_rows, num_features)) * spectrum
-    latent += (rng.normal(size=(len(SHARES), num_features)) * spectrum * 0.35)[labels]
+    latent += (rng.normal(size=(len(SHARES), num_features)) * spectrum * SEPARATION)[labels]
     rotation = np.linalg.qr(rng.normal(size=(num_features, num_features)))[0]
     features = (latent @ rotation).astype(np.float32).astype(np.float64)
     groups = np.array([f"P{row * 3 // 4}" for row in range(num_rows)])  # four images of three lesions
@@ -175,6 +187,22 @@ def find_tolerance(data: Data, tasks: Sequence[Task], gap: float) -> tuple[float
     return 1e-12, reached
 
 
+def measure_fold_gap(data: Data, choices: Sequence[Choice]) -> float:
+    """The median relative gap to the optimum at which ours leaves the fits of folds."""
+    gaps = []
+    for choice in choices:
+        labels = np.unique(data.train_labels[choice.rows], return_inverse=True)[1]
+        basis = build_basis(data.train[choice.rows])
+        kept = make_group_folds(labels, data.train_groups[choice.rows], NUM_FOLDS, 0) != 0
+        optimum = None
+        for C in choice.fit.log_losses:
+            rows = basis.coordinates[kept]
+            optimum = minimise(rows.astype(np.float32), labels[kept], basis.variances, C, optimum, FOLD_TOLERANCE)
+            exact = minimise(rows, labels[kept], basis.variances, C, optimum, FINAL_TOLERANCE)
+            gaps.append(optimum.objective / exact.objective - 1)
+    return float(np.median(gaps))
+
+
 def time_peer(data: Data, tasks: Sequence[Task], tolerances: tuple[float, float]) -> float:
     """Seconds that the peer takes for these fits on both cores."""
 
@@ -224,8 +252,9 @@ def main() -> None:
     probes = [task for task in tasks if not task.is_refit and task.C in (1e-4, 1e-3, 1e-2, 0.1)]
     sample = [probes[place] for place in rng.choice(len(probes), min(6, len(probes)), replace=False)]
     refits = [task for task in tasks if task.is_refit][-6:]
-    tolerances = (find_tolerance(data, sample, GAP), find_tolerance(data, refits, GAP))
-    print(f"peer's tolerance: folds {tolerances[0][0]:g} (gap {tolerances[0][1]:.1e}), refits {tolerances[1][0]:g} "
+    fold_gap = measure_fold_gap(data, choices[-16::5])
+    tolerances = (find_tolerance(data, sample, max(GAP, fold_gap)), find_tolerance(data, refits, GAP))
+    print(f"median gap of our fits of folds {fold_gap:.1e}; peer's tolerance: folds {tolerances[0][0]:g} (gap {tolerances[0][1]:.1e}), refits {tolerances[1][0]:g} "
           f"(gap {tolerances[1][1]:.1e})")  # fmt: skip
     for choice in choices[-3:]:
         features = standardise(data.train[choice.rows])

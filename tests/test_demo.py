@@ -35,7 +35,7 @@ def test_the_whole_way_on_a_small_archive(tmp_path: Path, capfd: pytest.CaptureF
     groups = photographs.table["group_id"].to_pylist() + slides.table["group_id"].to_pylist()
     assert sum(group in tested for group in groups) == excluded
 
-    # Two encoders x four tasks x two protocols x (three draws of 10 % + one of all labels).
+    # Two encoders x five tasks x two protocols x (three draws of 10 % + one of all labels).
     assert len(results) == 2 * 5 * 2 * (3 + 1)
     assert {result.encoder.contamination for _, result in results if "demo" in result.encoder.name} == {"excluded"}
     assert all(result.synthetic and result.label_fraction in (0.1, 1.0) for _, result in results)

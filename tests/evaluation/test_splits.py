@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panfm.errors import UserError
+from panfm.evaluation.label_subsets import compute_label_subset
 from panfm.evaluation.splits import (
     SPLIT_SCHEMA,
     compute_excluded,
-    compute_label_subset,
     load_split,
     read_split_table,
     write_split,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from panfm import __version__
 from panfm.encoder.load import Encoder
 from panfm.errors import UserError
+from panfm.evaluation.label_subsets import compute_label_subset
 from panfm.evaluation.results import (
     PREDICTIONS_SCHEMA,
     SUBGROUP_PREFIX,
@@ -30,7 +31,7 @@ from panfm.evaluation.results import (
     write_predictions,
     write_result,
 )
-from panfm.evaluation.splits import Split, compute_label_subset, find_outer_folds
+from panfm.evaluation.splits import Split, find_outer_folds
 from panfm.evaluation.subgroup_columns import collect_subgroups
 from panfm.evaluation.tasks import NestedSplit, TaskCard
 from panfm.files import compute_file_sha256, compute_json_hash

@@ -40,6 +40,7 @@ from panfm.evaluation.run_config import EvaluateConfig, check_config, count_proc
 from panfm.evaluation.tasks import NestedSplit
 from panfm.executor import run_tasks
 from panfm.features import compute_features
+from panfm.measures.threads import share_cores
 from panfm.progress import muted
 
 
@@ -253,7 +254,7 @@ def _measure_piece(piece: _Piece) -> _Answer:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(min(before, num_threads))
-        with threadpool_limits(num_threads), muted():
+        with threadpool_limits(num_threads), share_cores(num_threads), muted():
             return _measure_trials(piece)
     finally:
         torch.set_num_threads(before)

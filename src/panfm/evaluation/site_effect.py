@@ -25,9 +25,10 @@ from pydantic import Field
 
 from panfm.config import config_class
 from panfm.errors import UserError
+from panfm.evaluation.label_subsets import compute_label_subset
 from panfm.evaluation.linear_probe import describe_fit
 from panfm.evaluation.protocol import TRAIN_FOLDS, Material, Scored, Trial
-from panfm.evaluation.splits import Split, compute_label_subset
+from panfm.evaluation.splits import Split
 from panfm.evaluation.tasks import TaskCard
 from panfm.files import compute_json_hash
 from panfm.measures.combat import BatchEffect, Combat, estimate_batch, fit_combat

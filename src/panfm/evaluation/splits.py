@@ -1,7 +1,7 @@
-"""Splits: which group of a task trains, validates or tests, which have labels, and what pretraining must not see.
+"""Splits: which group of a task trains, validates or tests, and what pretraining must not see.
 
     TaskCard + ShardSet -> Split (one fold a row, one fold a group)
-    Split + fraction + draw -> the labelled groups         tasks + shard sets -> test groups kept out of pretraining
+    tasks + shard sets -> test groups kept out of pretraining
 
 A group (patient, else lesion, else slide) lies in one fold: a split that cuts a group is refused. Runs without torch.
 """
@@ -163,7 +163,7 @@ def find_outer_folds(split: Split, nested: NestedSplit, repeat: int) -> NDArray[
 
     Raises UserError where a class has one group only: no fold of it can be scored by a probe that knows the class.
     """
-    seed = _hash_number("outer", str(nested.seed), str(repeat), split.hash) >> 1
+    seed = hash_number("outer", str(nested.seed), str(repeat), split.hash) >> 1
     folds = make_group_folds(split.strata, split.groups, nested.folds, seed)
     if not folds.any():
         raise UserError(
@@ -219,39 +219,6 @@ def write_split(path: str | Path, card: TaskCard, split: Split) -> None:
     )
     with open_atomic(path) as file:
         pq.write_table(table, file, compression="zstd")
-
-
-def compute_label_subset(
-    labels: NDArray[np.int64], groups: NDArray[np.str_], *, fraction: float, draw: int, task: str, split_hash: str
-) -> NDArray[np.int64]:
-    """Choose the images whose labels may be used: `fraction` of the GROUPS. Returns places, int64 [n], sorted.
-
-    Each draw is one fixed order of all groups, and a fraction is a prefix of it: subsets of one draw are nested. The
-    order is stratified: a group counts for its rarest class (by groups in training), each class's groups are shuffled
-    by a hash of (task, split, draw, group) and spread evenly over the order; one group of every class comes first, so
-    that even 1 % has each class wherever a class is the rarest of some group.
-
-    labels: int64 [N]; groups: [N]. draw: number of the draw, from 0. fraction in (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise UserError(f"label fraction {fraction:g}: it must be above 0 and at most 1, for example 0.1")
-    if fraction == 1:
-        return np.arange(len(labels), dtype=np.int64)
-    names, group_of = np.unique(groups, return_inverse=True)
-    class_of = _compute_group_classes(labels, group_of, len(names))
-    ticket = np.array([_hash_number("labels", task, split_hash, str(draw), str(name)) for name in names])
-
-    place = np.empty(len(names))  # in (0, 1): where in its class's shuffled order a group stands; -1 = first of all
-    for number in np.unique(class_of):
-        members = np.flatnonzero(class_of == number)
-        shuffled = members[np.argsort(ticket[members], kind="stable")]
-        place[shuffled] = (np.arange(len(members)) + 0.5) / len(members)
-        place[shuffled[0]] = -1
-    order = np.lexsort((ticket, place))
-    num_groups = max(round(fraction * len(names)), len(np.unique(class_of)))
-    chosen = np.zeros(len(names), dtype=bool)
-    chosen[order[:num_groups]] = True
-    return np.flatnonzero(chosen[group_of]).astype(np.int64)
 
 
 def compute_excluded(
@@ -328,7 +295,7 @@ def _get_groups(shard_set: ShardSet) -> list[str]:
     return shard_set.table.column("group_id").unique().to_pylist()  # type: ignore[no-any-return]
 
 
-def _hash_number(*parts: str) -> int:
+def hash_number(*parts: str) -> int:
     """A 64-bit number that depends on the parts alone (0 separates them; no part contains it)."""
     digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
@@ -338,7 +305,7 @@ def _compute_rule_folds(split: RuleSplit, groups: NDArray[np.str_]) -> NDArray[n
     """Fold of each group: its hash in [0, 1) below test_share tests, the next val_share validates, the rest trains."""
     fold_of: dict[str, str] = {}
     for group in np.unique(groups).tolist():
-        place = _hash_number("split", str(split.seed), group) / 2**64
+        place = hash_number("split", str(split.seed), group) / 2**64
         fold_of[group] = (
             "test" if place < split.test_share else "val" if place < split.test_share + split.val_share else "train"
         )
@@ -409,13 +376,3 @@ def _check_groups(card: TaskCard, split: Split) -> None:
                 f"task {card.name}: {split.group_kind} {group} lies in the folds {fold_of[group]} and {fold}; "
                 f"a {split.group_kind} belongs to one fold: repair the split ({card.split.kind})"
             )
-
-
-def _compute_group_classes(labels: NDArray[np.int64], group_of: NDArray[np.intp], num_groups: int) -> NDArray[np.int64]:
-    """The class that each group counts for: of those it has, the one that fewest groups have (ties: the later one)."""
-    num_classes = int(labels.max()) + 1
-    has = np.zeros((num_groups, num_classes), dtype=bool)
-    has[group_of, labels] = True
-    rarity = np.lexsort((-np.arange(num_classes), has.sum(axis=0)))  # classes, rarest first
-    first = has[:, rarity].argmax(axis=1)
-    return np.asarray(rarity[first], dtype=np.int64)

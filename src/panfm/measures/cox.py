@@ -31,6 +31,7 @@ from panfm.measures.probe import (
     make_group_folds,
 )
 from panfm.measures.survival import COMPETING, EVENT
+from panfm.measures.threads import narrow_products
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -168,6 +169,7 @@ def fit_cox(features: ArrayLike, days: ArrayLike, events: ArrayLike, *, C: float
     return _fit_final(build_basis(values), day, event, C)
 
 
+@narrow_products()
 def fit_cox_cv(
     features: ArrayLike, days: ArrayLike, events: ArrayLike, groups: ArrayLike, *, seed: int, num_folds: int = 5
 ) -> CoxFit:

@@ -30,6 +30,7 @@ from panfm.measures.probe import (
     minimise,
     sum_log_loss,
 )
+from panfm.measures.threads import narrow_products
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -66,6 +67,7 @@ class OrdinalFit:
     log_losses: dict[float, float]  # mean held-out log-loss, summed over the steps, of each C that was tried
 
 
+@narrow_products()
 def fit_ordinal_cv(
     features: ArrayLike, labels: ArrayLike, groups: ArrayLike, *, num_classes: int, seed: int, num_folds: int = 5
 ) -> OrdinalFit:

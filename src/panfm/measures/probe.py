@@ -22,6 +22,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 
 from panfm.errors import UserError
+from panfm.measures.threads import map_side_by_side, narrow_products
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -93,7 +94,9 @@ def fit_probe(features: ArrayLike, labels: ArrayLike, *, num_classes: int, C: fl
     Raises UserError for features that are not finite and labels that hold fewer than two classes.
     """
     values, label_array = check_training(features, labels, num_classes)
-    return fit_on_basis(build_basis(values), label_array, num_classes, C)
+    basis = build_basis(values)
+    with narrow_products():
+        return fit_on_basis(basis, label_array, num_classes, C)
 
 
 def fit_probe_cv(
@@ -106,17 +109,18 @@ def fit_probe_cv(
     `compute_preset_c(D)` with `num_folds` 0.
     """
     values, label_array = check_training(features, labels, num_classes)
-    basis = build_basis(values)
+    basis = build_basis(values)  # a decomposition of whole matrices: outside of the narrow products
     folds = make_group_folds(label_array, groups, num_folds, seed)
     num_made = int(folds.max()) + 1
-    if num_made < 2:
-        preset = compute_preset_c(values.shape[1])
-        probe = fit_on_basis(basis, label_array, num_classes, preset)
-        return ProbeFit(probe, preset, 0, False, probe.converged, {})
-    losses, logits = _compute_path_losses(basis, label_array, folds)
-    best = min(losses.values())
-    chosen = min(C for C, loss in losses.items() if loss <= best * (1 + TIE))
-    probe = fit_on_basis(basis, label_array, num_classes, chosen)
+    with narrow_products():
+        if num_made < 2:
+            preset = compute_preset_c(values.shape[1])
+            probe = fit_on_basis(basis, label_array, num_classes, preset)
+            return ProbeFit(probe, preset, 0, False, probe.converged, {})
+        losses, logits = _compute_path_losses(basis, label_array, folds)
+        best = min(losses.values())
+        chosen = min(C for C, loss in losses.items() if loss <= best * (1 + TIE))
+        probe = fit_on_basis(basis, label_array, num_classes, chosen)
     held_out = np.zeros((len(label_array), num_classes))
     held_out[:, np.unique(label_array)] = softmax(logits[chosen], axis=0).T
     return ProbeFit(probe, chosen, num_made, chosen in (C_GRID[0], C_GRID[-1]), probe.converged, losses, held_out)
@@ -224,16 +228,18 @@ def _compute_path_losses(basis: Basis, labels: Ints, folds: Ints) -> tuple[dict[
     predicted: dict[float, Floats] = {}
     num_worse = 0
     for C in C_GRID:
-        total = 0.0
+
+        def fit_fold(fold: int, C: float = C) -> Optimum:
+            rows = compact[folds != fold]
+            return minimise(training[fold], rows, basis.variances, C, optima[fold], FOLD_TOLERANCE)
+
+        optima[:] = map_side_by_side(fit_fold, range(num_folds), size=training[0].size)
         predicted[C] = np.empty((int(compact.max()) + 1, len(labels)))
-        for fold in range(num_folds):
+        for fold, optimum in enumerate(optima):
+            assert optimum is not None
             held_out = folds == fold
-            optimum = minimise(training[fold], compact[~held_out], basis.variances, C, optima[fold], FOLD_TOLERANCE)
-            optima[fold] = optimum
-            logits = optimum.weight @ basis.coordinates[held_out].T + optimum.bias[:, None]
-            total += sum_log_loss(logits, compact[held_out])
-            predicted[C][:, held_out] = logits
-        loss = total / len(labels)
+            predicted[C][:, held_out] = optimum.weight @ basis.coordinates[held_out].T + optimum.bias[:, None]
+        loss = sum_log_loss(predicted[C], compact) / len(labels)
         num_worse = num_worse + 1 if losses and loss > min(losses.values()) else 0
         losses[C] = loss
         if num_worse == PATIENCE:
@@ -258,7 +264,7 @@ def minimise(
 
     The Hessian's diagonal is about n * variance_j * p_k (1 - p_k) + 1 / C in the rotated coordinates, p_k (1 - p_k)
     taken as its mean over rows at the start; variables are multiplied by its square root. Classes come first in every
-    array: products of [K, r] with [r, n] and sums over the first axis are twice as quick as the other way round.
+    array: sums over the first axis are twice as quick as the other way round.
     """
     num_rows, num_axes = coordinates.shape
     K = int(labels.max()) + 1
@@ -277,7 +283,8 @@ def minimise(
 
     def evaluate(variables: Floats) -> tuple[float, Floats]:
         weight = variables[:-K].reshape(K, num_axes) / weight_scale
-        logits = (weight.astype(coordinates.dtype) @ coordinates.T).astype(np.float64)  # [K, n]
+        # [n, r] @ [r, K] and a small copy: BLAS reads the rows as they lie, which [K, r] @ [r, n] does not.
+        logits = np.ascontiguousarray((coordinates @ weight.T.astype(coordinates.dtype)).T, dtype=np.float64)  # [K, n]
         logits += (variables[-K:] / bias_scale)[:, None]
         logits -= logits.max(axis=0)
         right = logits[labels, rows].sum()

@@ -17,6 +17,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 
 from panfm.errors import UserError
+from panfm.measures.threads import narrow_products
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -45,6 +46,7 @@ class CompatProbe:
         return scores
 
 
+@narrow_products()
 def fit_panderm_probe(features: ArrayLike, labels: ArrayLike, *, num_classes: int) -> CompatProbe:
     """Fit PanDerm's probe to features [N, D] as they are and labels [N].
 
@@ -81,6 +83,7 @@ def fit_panderm_probe(features: ArrayLike, labels: ArrayLike, *, num_classes: in
     return CompatProbe(weight, bias, classes, num_classes, C, found.nit < options["maxiter"])
 
 
+@narrow_products()
 def fit_dinov2_probe(features: ArrayLike, labels: ArrayLike, *, num_classes: int, seed: int) -> CompatProbe:
     """Fit DINOv2's logistic regression to features [N, D] as they are and labels [N].
 

@@ -20,6 +20,7 @@ from scipy.special import logsumexp, softmax
 
 from panfm.errors import UserError
 from panfm.measures.probe import C_GRID, PATIENCE, TIE, Probe, ProbeFit, compute_preset_c, make_group_folds
+from panfm.measures.threads import narrow_products
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -43,6 +44,7 @@ def fit_robust_probe(
     return _fit(values, label_array, number, num_classes, C, aim, SMOOTHING)
 
 
+@narrow_products()
 def fit_robust_probe_cv(
     features: ArrayLike,
     labels: ArrayLike,
