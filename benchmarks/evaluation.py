@@ -254,7 +254,8 @@ def main() -> None:
     refits = [task for task in tasks if task.is_refit][-6:]
     fold_gap = measure_fold_gap(data, choices[-16::5])
     tolerances = (find_tolerance(data, sample, max(GAP, fold_gap)), find_tolerance(data, refits, GAP))
-    print(f"median gap of our fits of folds {fold_gap:.1e}; peer's tolerance: folds {tolerances[0][0]:g} (gap {tolerances[0][1]:.1e}), refits {tolerances[1][0]:g} "
+    print(f"median gap of our fits of folds {fold_gap:.1e}")
+    print(f"peer's tolerance: folds {tolerances[0][0]:g} (gap {tolerances[0][1]:.1e}), refits {tolerances[1][0]:g} "
           f"(gap {tolerances[1][1]:.1e})")  # fmt: skip
     for choice in choices[-3:]:
         features = standardise(data.train[choice.rows])

@@ -77,7 +77,7 @@ def test_draws_widen_the_closed_forms(tmp_path: Path) -> None:
 
 def test_two_draws_are_said_not_to_count(tmp_path: Path) -> None:
     for draw in range(2):
-        write_trial(tmp_path, GOOD, "lesions", 1.0 + draw, fraction=0.1, draw=draw)
+        write_trial(tmp_path, GOOD, "lesions", 1.0 + draw, num_groups=200, fraction=0.1, draw=draw)
     (section,) = compute_standings([tmp_path])[0].sections
     cell = find_cell(section, GOOD)
     assert cell.method == "bootstrap" and "holds the test patients alone: 2 draws" in (cell.reason or "")

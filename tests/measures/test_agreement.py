@@ -80,7 +80,9 @@ def test_agreement_of_all_readers_and_of_pairs_by_patient() -> None:
     ]
     assert found.pairs[1].kappa.value == pytest.approx(sk.cohen_kappa_score(readings[30:, 0], readings[30:, 2]))
     for estimate in (found.fleiss, *(pair.kappa for pair in found.pairs)):
-        assert estimate.low < estimate.value < estimate.high and estimate.reason is None
+        assert estimate.low < estimate.value < estimate.high
+    assert found.fleiss.reason is None and found.pairs[0].kappa.reason is None
+    assert "45 groups with two readings" in str(found.pairs[1].kappa.reason)
     twice = measure_agreement(np.repeat(readings, 2, axis=0), np.arange(240) // 4, 4, seed=0, num_replicates=300)
     assert (twice.fleiss.low, twice.fleiss.high) == pytest.approx((found.fleiss.low, found.fleiss.high))
 

@@ -7,8 +7,9 @@ are fixed. What breaks an interval or a test by a few percent shows in the long 
 import numpy as np
 import pytest
 
+from panfm.measures.agreement import MIN_KAPPA_GROUPS
 from panfm.measures.intervals import MIN_AREA_GROUPS, MIN_PROPORTION_GROUPS
-from panfm.measures.statistics import FEW_GROUPS, MIN_BOOTSTRAP_GROUPS, MIN_PAIRED_GROUPS
+from panfm.measures.statistics import FEW_GROUPS, MIN_BOOTSTRAP_GROUPS, MIN_PAIRED_GROUPS, MIN_SLOPE_GROUPS
 from tests.measures.simulate import (
     COVERAGE,
     MAX_FALSE_POSITIVES,
@@ -82,10 +83,10 @@ def test_bootstrap_intervals_cover() -> None:
 
 @pytest.mark.slow
 def test_calibration_and_agreement_cover() -> None:
-    for tally in cover_calibration(MANY["patients"], 0.85, 60, seed=6):
-        check_coverage(tally, 30)
-    for tally in cover_agreement(Design("patients", 60, 0.4, images=4), 100, seed=7):
-        check_coverage(tally, 100)
+    for tally in cover_calibration(make_designs(MIN_SLOPE_GROUPS + 10)[1], 0.85, 60, seed=6):
+        check_coverage(tally, 50)
+    for tally in cover_agreement(Design("patients", MIN_KAPPA_GROUPS + 20, 0.4, images=4), 100, seed=7):
+        check_coverage(tally, 90)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 from panfm.measures.intervals import MIN_AREA_GROUPS, Estimate
 from panfm.measures.metrics import compute_metric
 from panfm.measures.statistics import (
+    FEW_AREA_GROUPS,
     FEW_GROUPS,
     compare_paired,
     compute_bootstrap_seed,
@@ -100,23 +101,28 @@ def test_undefined_replicates_are_counted_and_too_many_leave_no_interval() -> No
 
 
 def test_the_number_of_groups_in_the_rarer_class_decides_the_method() -> None:
-    labels, scores, groups = make_clustered(200, seed=2)
+    labels, scores, groups = make_clustered(400, seed=2)
     positives, negatives = (np.unique(groups[labels == k]) for k in (1, 0))
+    assert min(len(positives), len(negatives)) > FEW_AREA_GROUPS
 
-    def estimate(num_positive: int) -> dict[str, Estimate]:
-        kept = np.isin(groups, np.concatenate([positives[:num_positive], negatives[:60]]))
+    def estimate(num_positive: int, num_negative: int = 60) -> dict[str, Estimate]:
+        kept = np.isin(groups, np.concatenate([positives[:num_positive], negatives[:num_negative]]))
         names = ["auroc", "accuracy", "kappa", "ece", "auprc"]
         return estimate_metrics(names, labels[kept], scores[kept], groups[kept], seed=0, num_replicates=500)
 
     many, few, fewer = estimate(FEW_GROUPS), estimate(FEW_GROUPS - 1), estimate(MIN_AREA_GROUPS - 1)
-    assert [many[name].method for name in many] == ["bootstrap", "bootstrap", "bootstrap", None, "bootstrap"]
+    assert [many[name].method for name in many] == ["delong_logit", "bootstrap", "bootstrap", None, "bootstrap"]
     assert [few[name].method for name in few] == ["delong_logit", "wilson", "bootstrap", None, "bootstrap"]
     assert many["kappa"].reason is None and few["auroc"].reason is None and few["accuracy"].reason is None
     assert f"{FEW_GROUPS - 1} groups in the rarer class" in str(few["kappa"].reason) and few["kappa"].low is not None
-    assert "shown to cover from 60 on" in str(many["auprc"].reason) and many["auprc"].low is not None
+    assert "shown to cover from 100 on" in str(many["auprc"].reason) and many["auprc"].low is not None
     assert "outside its declared regime" in str(fewer["auroc"].reason)
-    for name in ("auroc", "accuracy"):  # one patient more changes the method, and little else
-        assert (few[name].low, few[name].high) == pytest.approx((many[name].low, many[name].high), abs=0.06)
+    assert (few["accuracy"].low, few["accuracy"].high) == pytest.approx(  # another method, and little else
+        (many["accuracy"].low, many["accuracy"].high), abs=0.06
+    )
+    below, above = estimate(FEW_AREA_GROUPS - 1, 300)["auroc"], estimate(FEW_AREA_GROUPS, 300)["auroc"]
+    assert (below.method, above.method) == ("delong_logit", "bootstrap")
+    assert (below.low, below.high) == pytest.approx((above.low, above.high), abs=0.03)
     assert many["ece"].value is not None and many["ece"].low is None and "sit too high" in str(many["ece"].reason)
 
 

@@ -20,7 +20,13 @@ from panfm.measures.by_family import OUT_OF_DISTRIBUTION, OWN_MEASURES
 from panfm.measures.comparisons import PairedDifference, adjust_holm, compare_area_parts
 from panfm.measures.draws import MIN_DRAWS, Floats, compute_draw_variance, spread_by_draws, widen_by_draws
 from panfm.measures.intervals import AreaParts, Estimate, compute_area_parts, estimate_area, estimate_proportion
-from panfm.measures.statistics import FEW_GROUPS, count_rarer_groups, describe_difference, describe_value
+from panfm.measures.statistics import (
+    FEW_AREA_GROUPS,
+    FEW_GROUPS,
+    count_rarer_groups,
+    describe_difference,
+    describe_value,
+)
 
 
 @dataclass(frozen=True)
@@ -89,16 +95,16 @@ def measure(runs: Sequence[Run], test_sets: Sequence[TestSet], seed: int) -> Mea
 def _close(result: Result, test_sets: Sequence[TestSet]) -> tuple[Estimate | None, AreaParts | None]:
     """The interval in closed form of a mean over runs, where the rarer class has few groups; (None, None) elsewhere."""
     metric, outcome = result.primary_metric, test_sets[0].outcome
-    few = count_rarer_groups(outcome.labels, outcome.groups) < FEW_GROUPS
-    if not few or metric in OWN_MEASURES.get(result.family, {}) or result.family == OUT_OF_DISTRIBUTION:
+    num_rarer = count_rarer_groups(outcome.labels, outcome.groups)
+    if metric in OWN_MEASURES.get(result.family, {}) or result.family == OUT_OF_DISTRIBUTION:
         return None, None
-    if metric == "auroc" and outcome.scores.shape[1] == 2:
+    if metric == "auroc" and outcome.scores.shape[1] == 2 and num_rarer < FEW_AREA_GROUPS:
         scores = np.stack([test_set.scores[:, 1] for test_set in test_sets])
         return (
             estimate_area(outcome.labels, scores, outcome.groups),
             compute_area_parts(outcome.labels, scores, outcome.groups),
         )
-    if metric == "accuracy":
+    if metric == "accuracy" and num_rarer < FEW_GROUPS:
         hits = np.mean([test_set.scores.argmax(axis=1) == outcome.labels for test_set in test_sets], axis=0)
         return estimate_proportion(hits, outcome.groups), None
     return None, None

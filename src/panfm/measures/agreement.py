@@ -16,12 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from panfm.errors import UserError
 from panfm.measures.intervals import Estimate, explain_regime
-from panfm.measures.statistics import FEW_GROUPS, NUM_REPLICATES, compute_interval, draw_group_weights
+from panfm.measures.statistics import NUM_REPLICATES, compute_interval, draw_group_weights
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Weighting = Literal["none", "linear", "quadratic"]
 
+MIN_KAPPA_GROUPS = 60  # with two readings; simulated with 30: Fleiss' kappa 91 %, Cohen's 93 %
 MISSING = -1  # in readings: this reader did not read this image
 
 
@@ -137,7 +138,7 @@ def _describe(value: Floats, replicates: Floats, groups: NDArray) -> Estimate:
     if np.isnan(value[0]):
         return Estimate(None, None, None, "undefined: the readings are one single class")
     interval = compute_interval(replicates, num_groups)
-    reason = interval.reason or explain_regime(num_groups, FEW_GROUPS, "with two readings")
+    reason = interval.reason or explain_regime(num_groups, MIN_KAPPA_GROUPS, "with two readings")
     return Estimate(float(value[0]), interval.low, interval.high, reason, interval.num_undefined, interval.method)
 
 

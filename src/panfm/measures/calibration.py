@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from panfm.measures.intervals import Estimate, estimate_proportion, explain_regime
 from panfm.measures.metrics import MAX_CHUNK_VALUES, NUM_CALIBRATION_BINS, cut_equal_mass
 from panfm.measures.statistics import (
-    FEW_GROUPS,
+    MIN_SLOPE_GROUPS,
     NUM_REPLICATES,
     compute_interval,
     count_rarer_groups,
@@ -127,7 +127,7 @@ def _describe(value: float, replicates: Floats, num_groups: int, num_rarer: int)
     if np.isnan(value):
         return Estimate(None, None, None, "undefined: the probabilities separate the classes, or are all the same")
     interval = compute_interval(replicates, num_groups)
-    reason = interval.reason or explain_regime(num_rarer, FEW_GROUPS, "in the rarer class")
+    reason = interval.reason or explain_regime(num_rarer, MIN_SLOPE_GROUPS, "in the rarer class")
     return Estimate(value, interval.low, interval.high, reason, interval.num_undefined, interval.method)
 
 
