@@ -28,7 +28,8 @@ class Task:
     unit: str  # what is scored: image, pair, slide, patient, ...
     num_test: int
     num_test_groups: int
-    num_rarer_groups: int  # groups of the class that the fewest groups have; of all where a family has no classes
+    num_rarer_groups: int  # groups that decide whether an interval can be trusted, `which_groups` in words
+    which_groups: str  # "in the rarer class", "with the event", "in all"
     group_kind: str
     synthetic: bool
     claim: bool  # False: checks the pipeline, counts in no mean and no rank
@@ -38,7 +39,7 @@ class Task:
 
     @property
     def few_groups(self) -> bool:
-        """Whether the rarer class has so few groups that percentile intervals are too narrow."""
+        """Whether they are so few that most percentile intervals are too narrow."""
         return self.num_rarer_groups < FEW_GROUPS
 
     @property

@@ -122,7 +122,10 @@ def build_cell(measured: Measured | None, task: Task) -> Cell:
         estimate = measured.closed
     else:
         estimate = _clip(
-            describe_value(task.metric, value, measured.spread, task.num_test_groups, *_regime(task)), task
+            describe_value(
+                task.metric, value, measured.spread, task.num_test_groups, task.num_rarer_groups, task.which_groups
+            ),
+            task,
         )
     several = len(measured.values) > 1
     with_draws = estimate.method is not None and len(measured.values) >= MIN_DRAWS
@@ -166,7 +169,12 @@ def compare(ours: Measured, reference: Measured, task: Task) -> Comparison | Non
         )
     else:
         found = describe_difference(
-            task.metric, difference, ours.spread - reference.spread, task.num_test_groups, *_regime(task)
+            task.metric,
+            difference,
+            ours.spread - reference.spread,
+            task.num_test_groups,
+            task.num_rarer_groups,
+            task.which_groups,
         )
     return to_comparison(replace(found, difference=difference), with_draws)
 
@@ -184,12 +192,6 @@ def adjust_column(column: Sequence[Comparison | None]) -> list[Comparison | None
         None if item is None else replace(item, p_adjusted=p_adjusted)
         for item, p_adjusted in zip(column, adjusted, strict=True)
     ]
-
-
-def _regime(task: Task) -> tuple[int, str]:
-    """The number of groups that decides whether an interval can be trusted, and which they are in words."""
-    own = task.metric in OWN_MEASURES.get(task.family, {})
-    return task.num_rarer_groups, "in all" if own else "in the rarer class"
 
 
 def _clip(estimate: Estimate, task: Task) -> Estimate:

@@ -26,11 +26,10 @@ from panfm.evaluation.task_pages import TaskPage, build_task_page
 from panfm.evaluation.tasks import TaskCard, load_task
 from panfm.evaluation.verify import TestSet, check_same_test_set, check_unique, read_test_set, recompute
 from panfm.executor import run_tasks
-from panfm.measures.by_family import OWN_MEASURES, compute_chance, compute_point, describe_metric
+from panfm.measures.by_family import compute_chance, compute_point, count_regime_groups, describe_metric
 from panfm.measures.statistics import (
     NUM_REPLICATES,
     compute_bootstrap_seed,
-    count_rarer_groups,
     draw_group_weights,
 )
 
@@ -161,7 +160,7 @@ def _describe_task(test_set: TestSet) -> Task:
     card = _find_card(result)
     chance, perfect = compute_chance(result.family, result.primary_metric, outcome)
     metric = describe_metric(result.family, result.primary_metric)
-    own = result.primary_metric in OWN_MEASURES.get(result.family, {})
+    num_counted, which = count_regime_groups(result.family, result.primary_metric, outcome)
     return Task(
         name=result.task,
         version=result.task_version,
@@ -175,7 +174,8 @@ def _describe_task(test_set: TestSet) -> Task:
         unit=result.unit,
         num_test=result.num_test,
         num_test_groups=result.num_test_groups,
-        num_rarer_groups=result.num_test_groups if own else count_rarer_groups(outcome.labels, outcome.groups),
+        num_rarer_groups=num_counted,
+        which_groups=which,
         group_kind=result.group_kind,
         synthetic=result.synthetic,
         claim=card.claim if card else True,

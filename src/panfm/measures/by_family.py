@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from panfm.measures import detection, numbers, regions, retrieval, survival
 from panfm.measures.definitions import METRICS, MetricDefinition
-from panfm.measures.intervals import Estimate, explain_regime
+from panfm.measures.intervals import Estimate
 from panfm.measures.metrics import MetricPoint, compute_all_replicates, compute_metric
 from panfm.measures.outcomes import Floats, Measure, Outcome
 from panfm.measures.statistics import (
-    FEW_GROUPS,
     NUM_REPLICATES,
-    compute_interval,
+    count_rarer_groups,
+    describe_value,
     draw_group_weights,
     estimate_metrics,
 )
@@ -35,11 +35,6 @@ OWN_MEASURES: Mapping[str, Mapping[str, Measure]] = {
     "out_of_distribution": detection.MEASURES_OUT_OF_DISTRIBUTION,
 }
 OUT_OF_DISTRIBUTION = "out_of_distribution"
-NUMBERS = ("regression", "ordinal")
-# Simulated (`python -m tests.measures.simulate_families`): 89 to 92 % with 30 groups, 93 to 95 % with 60; survival's
-# 92 to 97 % with 15 events, 90 % with 6.
-MIN_NUMBER_GROUPS = 60
-FEW_EVENTS = 15
 
 
 def describe_metric(family: str, name: str) -> MetricDefinition:
@@ -109,18 +104,18 @@ def estimate_outcome(
         if value is None:
             estimates[name] = Estimate(None, None, None, points[name].reason)
             continue
-        interval = compute_interval(replicates[name], num_groups)
-        reason = interval.reason or _explain_regime(family, outcome, num_groups)
-        estimates[name] = Estimate(value, interval.low, interval.high, reason, interval.num_undefined, interval.method)
+        counted, which = count_regime_groups(family, name, outcome)
+        estimates[name] = describe_value(name, value, replicates[name], num_groups, counted, which)
     return {name: estimates[name] for name in names}
 
 
-def _explain_regime(family: str, outcome: Outcome, num_groups: int) -> str | None:
-    """From how many groups on the percentile intervals of a family's own metrics cover what they say, by simulation."""
+def count_regime_groups(family: str, name: str, outcome: Outcome) -> tuple[int, str]:
+    """The number of groups that an interval's declared regime counts, and which these are in words."""
+    if name not in OWN_MEASURES.get(family, {}):
+        return count_rarer_groups(outcome.labels, outcome.groups), "in the rarer class"
     if family == "survival":  # what counts is in how many patients something occurred
-        num_events = len(np.unique(outcome.groups[outcome.targets[:, 1] == 1]))
-        return explain_regime(num_events, FEW_EVENTS, "with the event")
-    return explain_regime(num_groups, MIN_NUMBER_GROUPS if family in NUMBERS else FEW_GROUPS, "in all")
+        return len(np.unique(outcome.groups[outcome.targets[:, 1] == 1])), "with the event"
+    return len(np.unique(outcome.groups)), "in all"
 
 
 def compute_chance(family: str, name: str, outcome: Outcome) -> tuple[float, float]:
