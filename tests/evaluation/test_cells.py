@@ -83,6 +83,15 @@ def test_two_draws_are_said_not_to_count(tmp_path: Path) -> None:
     assert cell.method == "bootstrap" and "holds the test patients alone: 2 draws" in (cell.reason or "")
 
 
+def test_a_fraction_that_cannot_be_had_is_marked(tmp_path: Path) -> None:
+    note = "0.01 of 40 training groups is less than one a class: 2 (5.0%) were labelled"
+    for encoder in (GOOD, RANDOM):
+        write_trial(tmp_path / "r", encoder, "lesions", 1.0, fraction=0.01, settings={"label_note": note})
+    build_leaderboard([tmp_path / "r"], tmp_path)
+    assert f'title="{note}">too few patients for this fraction' in (tmp_path / "leaderboard.html").read_text()
+    assert note in (tmp_path / "leaderboard.md").read_text()
+
+
 def test_p_values_are_adjusted_within_a_task(tmp_path: Path) -> None:
     for encoder, strength in ((GOOD, 1.0), (MIDDLE, 0.6), ("third", 0.42), (RANDOM, 0.4)):
         write_trial(tmp_path, encoder, "lesions", strength, num_groups=240)

@@ -230,6 +230,25 @@ def test_contamination_is_told_task_by_task(make_task: MakeTask) -> None:
     assert describe_encoder(encoder, "tiny", shipped).contamination == "none"  # random weights have seen nothing
 
 
+def test_the_labelled_keys_are_saved_and_a_fraction_that_cannot_be_had_is_said(
+    make_config: Callable[..., EvaluateConfig], clinic: ShardSet, make_task: MakeTask, tmp_path: Path
+) -> None:
+    summary = run_evaluation(make_config(protocols=["knn"], fractions=[0.01, 0.5, 1.0], draws=1))
+    results = {result.label_fraction: result for result in map(read_result, summary.written)}
+    split = load_split(make_task(), clinic)
+    group_of = dict(zip(split.keys.tolist(), split.groups.tolist(), strict=True))
+    for fraction in (0.01, 0.5):
+        keys = (tmp_path / "results" / "clinic_diagnosis" / f"labelled-f{fraction:g}-d0.txt").read_text().split()
+        assert len(keys) == results[fraction].num_train
+        assert len({group_of[key] for key in keys}) == results[fraction].num_train_groups
+        assert set(keys) <= set(split.keys[split.find("train", "val")].tolist())
+    pool = results[1.0].num_train_groups
+    assert results[0.5].num_pool_groups == pool and results[0.5].settings["label_note"] is None
+    assert results[0.01].settings["label_note"] == (
+        f"0.01 of {pool} training groups is less than one a class: 2 ({2 / pool:.1%}) were labelled"
+    )
+
+
 @pytest.mark.slow
 def test_processes_write_what_one_process_writes(make_config: Callable[..., EvaluateConfig], tmp_path: Path) -> None:
     given = {"protocols": ["knn", "prototype"], "fractions": [1.0]}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -11,12 +12,22 @@ from panfm.config import validate
 from panfm.errors import UserError
 from panfm.evaluation.leaderboard import build_leaderboard
 from panfm.evaluation.operating import describe_thresholds
-from panfm.evaluation.results import get_scores, read_predictions, read_results, write_result
+from panfm.evaluation.results import (
+    MetricValue,
+    get_scores,
+    make_outcome,
+    read_predictions,
+    read_results,
+    write_predictions,
+    write_result,
+)
 from panfm.evaluation.run import run_evaluation
 from panfm.evaluation.run_config import EvaluateConfig
 from panfm.evaluation.standings import compute_standings
+from panfm.evaluation.task_charts import CURVE_HEIGHT, draw_follow_up
 from panfm.evaluation.task_pages import TaskPage, find_reference
 from panfm.evaluation.tasks import TaskCard
+from panfm.measures.by_family import compute_point
 from panfm.measures.operating_points import choose_thresholds, measure_operating_point
 from panfm.measures.statistics import compute_bootstrap_seed
 from panfm.measures.subgroups import MIN_SHOWN_GROUPS, compare_subgroups
@@ -168,3 +179,46 @@ def test_an_evaluation_brings_subgroups_and_thresholds(
     assert "no subgroups by sex: unknown throughout" in page.notes
     assert "6 images without the label diagnosis" in page.notes
     assert (page.positive, page.encoders[0].calibration is not None) == ("melanoma", True)
+
+
+@pytest.mark.parametrize(("num_high", "is_shown"), [(40, True), (MIN_SHOWN_GROUPS - 1, False)])
+def test_follow_up_is_split_by_the_cut_off_of_training(tmp_path: Path, num_high: int, is_shown: bool) -> None:
+    """Patients at high risk have the event on days 1, 2, ...; the others are followed to day 100 without it."""
+    root = tmp_path / "results"
+    path = write_trial(root, GOOD, "lesions", 1.0, num_groups=100)
+    old = next(result for found, result in read_results([root]) if found == path)
+    is_high = np.arange(100) < num_high
+    targets = np.stack([np.where(is_high, np.arange(100) + 1.0, 100.0), is_high], axis=1)
+    scores = np.stack([np.where(is_high, 2.0, -1.0), np.where(is_high, 0.1, 0.9)], axis=1)
+    predictions = pa.table({
+        "key": [f"k{number:03d}" for number in range(100)], "group": [f"p{number:03d}" for number in range(100)],
+        "fold": ["test"] * 100, "repeat": [0] * 100, "draw": [0] * 100, "label": [0] * 100,
+        "scores": scores.astype(np.float32).tolist(), "targets": targets.tolist(),
+    })  # fmt: skip
+    sha256 = write_predictions(path.with_suffix(".parquet"), predictions)
+    _, outcome = make_outcome(read_predictions(path.with_suffix(".parquet")), (50.0,))
+    value = compute_point("survival", "harrell_c", outcome).value
+    write_result(
+        root,
+        old.model_copy(
+            update={
+                "family": "survival", "unit": "patient", "classes": (), "primary_metric": "harrell_c", "num_test": 100,
+                "metrics": {"harrell_c": MetricValue(value=value, direction="higher")}, "predictions_sha256": sha256,
+                "settings": {"grid": [50.0], "chosen": {"cut_off": 0.5}},
+            }
+        ),
+    )  # fmt: skip
+    _, (page,) = compute_standings([root])
+    found = page.encoders[0].follow_up
+    assert found is not None and (found.num_low, found.num_high) == (100 - num_high, num_high)
+    plot = draw_follow_up(page.encoders[0])
+    build_leaderboard([root], tmp_path)
+    html = (tmp_path / "tasks" / f"{page.task.slug}.html").read_text()
+    assert "Who stayed free of the event?" in html
+    if not is_shown:
+        assert plot is None and found.low is None and "at least 20 are needed" in html
+        return
+    assert found.low is not None and found.high is not None and plot is not None
+    np.testing.assert_allclose(found.low.values, 1.0)
+    np.testing.assert_allclose(found.high.read([1, 20, 40]), [39 / 40, 0.5, 0.0], atol=1e-12)
+    assert plot.low[-1] == (100.0, 0.0) and plot.high[-1] == (40.0, CURVE_HEIGHT)

@@ -105,6 +105,7 @@ class Cell:
     difference: Comparison | None  # to the section's reference encoder, on the same patients
     predictions_sha256: tuple[str, ...]
     audit: AuditedCell | None = None  # None: the board was built without an audit
+    label_note: str | None = None  # why other than the label fraction's share of groups was labelled
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,7 @@ def build_cell(measured: Measured | None, task: Task) -> Cell:
         num_runs=len(results),
         spread=float(np.std(measured.values, ddof=1)) if several and value is not None else None,
         num_train_groups=int(np.median([result.num_train_groups for result in results])),
+        label_note=results[0].settings.get("label_note"),
         contamination=measured.encoder.contamination,
         difference=None,
         predictions_sha256=tuple(sorted(result.predictions_sha256 for result in results)),

@@ -26,6 +26,7 @@ from panfm.evaluation.results import (
     MetricValue,
     Result,
     get_result_path,
+    make_folder_name,
     make_outcome,
     read_result,
     write_predictions,
@@ -34,7 +35,7 @@ from panfm.evaluation.results import (
 from panfm.evaluation.splits import Split, find_outer_folds
 from panfm.evaluation.subgroup_columns import collect_subgroups
 from panfm.evaluation.tasks import NestedSplit, TaskCard
-from panfm.files import compute_file_sha256, compute_json_hash
+from panfm.files import compute_file_sha256, compute_json_hash, write_bytes
 from panfm.measures.by_family import describe_metric, estimate_outcome
 from panfm.measures.statistics import compute_bootstrap_seed
 from panfm.shards.index import ShardSet
@@ -262,9 +263,22 @@ def write_trial(root: Path, trial: Trial, scored: Scored, shard_set: ShardSet, w
         for name, estimate in estimates.items()
     }
     path = get_result_path(root, _build_result(trial, scored, metrics, "", wall_seconds))
+    if 0 < trial.label_fraction < 1 and scored.repeats is None:
+        _write_labelled(root, trial)
     path.unlink(missing_ok=True)  # a stale Result must not stand beside predictions that are not its own
     sha256 = write_predictions(path.with_suffix(".parquet"), predictions)
     return write_result(root, _build_result(trial, scored, metrics, sha256, wall_seconds))
+
+
+def _write_labelled(root: Path, trial: Trial) -> None:
+    """Write which units had labels, a key a line, beside the task's Results: the same for every encoder."""
+    ending = "-development" if trial.evaluated_on == "development" else ""
+    unit = "" if trial.unit == "image" else f"-{make_folder_name(trial.unit)}"
+    name = f"labelled-f{trial.label_fraction:g}-d{trial.draw}{unit}{ending}.txt"
+    text = "".join(f"{key}\n" for key in trial.split.keys[trial.train].tolist())
+    path = root / make_folder_name(trial.card.name) / name
+    if not path.is_file() or path.read_text() != text:
+        write_bytes(path, text.encode())
 
 
 def _build_predictions(trial: Trial, scored: Scored, shard_set: ShardSet) -> pa.Table:
@@ -339,6 +353,7 @@ def _build_result(
             "train_counts": _count_classes(trial, trial.train),
             "test_counts": _count_classes(trial, trial.test),
             "train_keys_hash": _compute_keys_hash(trial),
+            "label_note": _explain_fraction(trial),
             "split_notes": list(split.notes),
             "references": dict(trial.card.references),
         },
@@ -355,6 +370,19 @@ def get_versions() -> dict[str, str]:
     """Return the versions that can change a number."""
     packages = ("numpy", "scipy", "torch", "timm")
     return {"python": platform.python_version(), "panfm": __version__, **{name: version(name) for name in packages}}
+
+
+def _explain_fraction(trial: Trial) -> str | None:
+    """Say where a fraction cannot be had: it would be fewer groups than there are classes, each of which keeps one."""
+    wanted = trial.label_fraction * trial.num_pool_groups
+    num_groups = len(np.unique(trial.split.groups[trial.train]))
+    if num_groups <= max(1.0, round(wanted)):
+        return None
+    share = num_groups / trial.num_pool_groups
+    return (
+        f"{trial.label_fraction:.3g} of {trial.num_pool_groups} training groups is less than one a class: {num_groups} "
+        f"({share:.1%}) were labelled"
+    )
 
 
 def _count_classes(trial: Trial, places: NDArray[np.int64]) -> dict[str, int]:

@@ -168,6 +168,8 @@ def render_markdown(summary: LeaderboardSummary) -> str:
                 name = f"{row.encoder.name}, {task.title}"
                 if cell.reason is not None and cell.num_runs > 0:
                     lines.append(f"- † {_escape_markdown(name)}: {_escape_markdown(cell.reason)}")
+                if cell.label_note is not None:
+                    lines.append(f"- {_escape_markdown(name)}: {_escape_markdown(cell.label_note)}")
                 if (found := describe_audit(cell)) is not None:
                     lines.append(f"- {_escape_markdown(name)}: {_escape_markdown(found[1])}")
         for task in section.tasks:

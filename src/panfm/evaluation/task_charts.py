@@ -1,4 +1,4 @@
-"""The drawings of a task's page as plain numbers: reliability plots and decision curves, as in `charts`.
+"""The drawings of a task's page as plain numbers: reliability, decision and survival curves, as in `charts`.
 
 x is in percent of the drawing's width and y in pixels from the top.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from panfm.evaluation.charts import Tick, choose_axis, label_tick
 from panfm.evaluation.task_pages import EncoderDetails
 from panfm.measures.calibration import ReliabilityBin
+from panfm.measures.survival import StepCurve
 
 RELIABILITY_HEIGHT = 170  # pixels between 0 and 1
 CURVE_HEIGHT = 200  # pixels between the lowest and the highest grid line
@@ -43,6 +44,41 @@ class CurvePlot:
     y_ticks: tuple[Tick, ...]
     zero: float  # y of treating nobody
     lines: tuple[CurveLine, ...]
+
+
+@dataclass(frozen=True)
+class FollowUpPlot:
+    """Two curves of one encoder: the share of patients without the event by day, at low and at high risk."""
+
+    encoder: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    low: tuple[tuple[float, float], ...]
+    high: tuple[tuple[float, float], ...]
+
+
+def draw_follow_up(details: EncoderDetails) -> FollowUpPlot | None:
+    """Draw the Kaplan-Meier curves on both sides of the cut-off; None where they are not shown."""
+    found = details.follow_up
+    if found is None or found.low is None or found.high is None:
+        return None
+    last = float(max(found.low.times[-1], found.high.times[-1]))
+
+    def place(curve: StepCurve) -> tuple[tuple[float, float], ...]:
+        corners, value = [(0.0, 1.0)], 1.0
+        for day, after in zip(curve.times.tolist(), curve.values.tolist(), strict=True):
+            if after != value or day == curve.times[-1]:  # down at the event, or along to the end of follow-up
+                corners += [(day, value), (day, after)]
+                value = after
+        return tuple((round(100 * day / last, 2), round(CURVE_HEIGHT * (1 - share), 1)) for day, share in corners)
+
+    return FollowUpPlot(
+        encoder=details.encoder,
+        x_ticks=tuple(Tick(20.0 * step, f"{last * step / 5:.0f}") for step in range(6)),
+        y_ticks=tuple(Tick(round(CURVE_HEIGHT * (1 - step / 4), 1), f"{25 * step} %") for step in range(5)),
+        low=place(found.low),
+        high=place(found.high),
+    )
 
 
 def draw_reliability(table: Sequence[ReliabilityBin]) -> tuple[ReliabilityPoint, ...]:

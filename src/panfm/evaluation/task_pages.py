@@ -41,6 +41,7 @@ from panfm.measures.subgroups import (
     compare_confirmation,
     compare_subgroups,
 )
+from panfm.measures.survival import StepCurve, compute_event_free
 
 # Families whose scores are probabilities of the card's classes.
 PROBABILITY_FAMILIES = frozenset({"classification", "ordinal", "change", "slides", "zero_shot"})
@@ -70,6 +71,21 @@ class LevelShare:
 
 
 @dataclass(frozen=True)
+class FollowUp:
+    """The test patients on both sides of a cut-off that training chose: Kaplan-Meier curves, and how many they are.
+
+    low, high: by risk; None where a side has fewer than MIN_SHOWN_GROUPS groups, which `reason` says.
+    """
+
+    cut_off: float
+    num_low: int
+    num_high: int
+    low: StepCurve | None
+    high: StepCurve | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class EncoderDetails:
     """One encoder on the page. What a task has no use for is empty or None."""
 
@@ -83,6 +99,7 @@ class EncoderDetails:
     subgroups: Mapping[str, SubgroupTable]  # two classes
     shares: Mapping[str, tuple[LevelShare, ...]]  # more classes
     confirmation: ConfirmationTable | None
+    follow_up: FollowUp | None = None  # survival
 
 
 @dataclass(frozen=True)
@@ -136,7 +153,8 @@ def _describe_encoder(test_set: TestSet, binary: bool, seed: int) -> EncoderDeta
     result, labels, groups = test_set.result, test_set.labels, test_set.groups
     metrics = _confirm_metrics(test_set)
     if not _has_probabilities(test_set) or len(labels) == 0:
-        return EncoderDetails(result.encoder.name, metrics, (), None, None, (), None, {}, {}, None)
+        follow_up = _follow_up(test_set) if result.family == "survival" else None
+        return EncoderDetails(result.encoder.name, metrics, (), None, None, (), None, {}, {}, None, follow_up)
     if not binary:
         top = test_set.scores.argmax(axis=1)
         reliability = build_reliability_table(test_set.scores.max(axis=1), top == labels, groups)
@@ -190,6 +208,21 @@ def _describe_encoder(test_set: TestSet, binary: bool, seed: int) -> EncoderDeta
         shares={},
         confirmation=confirmation,
     )
+
+
+def _follow_up(test_set: TestSet) -> FollowUp | None:
+    """Split the test patients by the cut-off of training; None where training chose none."""
+    cut_off = test_set.result.settings.get("chosen", {}).get("cut_off")
+    if cut_off is None:
+        return None
+    is_high = test_set.scores[:, 0] > cut_off
+    days, events = test_set.outcome.targets.T
+    counts = [len(np.unique(test_set.groups[side])) for side in (~is_high, is_high)]
+    if min(counts) < MIN_SHOWN_GROUPS:
+        reason = f"not shown: {min(counts)} patients on one side, at least {MIN_SHOWN_GROUPS} are needed"
+        return FollowUp(cut_off, counts[0], counts[1], None, None, reason)
+    low, high = (compute_event_free(days[side], events[side]) for side in (~is_high, is_high))
+    return FollowUp(cut_off, counts[0], counts[1], low, high, None)
 
 
 def find_reference(levels: Sequence[str | None], groups: NDArray[np.str_], declared: str | None = None) -> str:

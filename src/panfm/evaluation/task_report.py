@@ -6,7 +6,7 @@ Made like the board's own page (`report`): escaped, offline, the same bytes for 
 from panfm.evaluation.board import LeaderboardSummary, Section, Task
 from panfm.evaluation.charts import get_series
 from panfm.evaluation.report import build_environment
-from panfm.evaluation.task_charts import CURVE_HEIGHT, RELIABILITY_HEIGHT, draw_curves, draw_reliability
+from panfm.evaluation.task_charts import CURVE_HEIGHT, RELIABILITY_HEIGHT, draw_curves, draw_follow_up, draw_reliability
 from panfm.evaluation.task_pages import EVEN, EncoderDetails, TaskPage
 from panfm.evaluation.words import (
     PROTOCOLS,
@@ -41,6 +41,7 @@ def render_task_page(summary: LeaderboardSummary, page: TaskPage) -> str:
             reliability_height=RELIABILITY_HEIGHT,
             curves=draw_curves(page.encoders, series),
             curve_height=CURVE_HEIGHT,
+            follow_ups={one.encoder: draw_follow_up(one) for one in page.encoders},
             attributes=_list_attributes(page),
             attribute_names=NAMES,
             protocol_titles=PROTOCOLS,

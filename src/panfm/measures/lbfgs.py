@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 HISTORY = 10  # pairs of steps and changes of gradient that are remembered
-COMPACT_EVERY = 10  # iterations between two looks at which problems are finished: a look waits for the device
+CHECK_EVERY = 10  # iterations between two looks at which problems are finished: a look waits for a GPU
 SUFFICIENT = 1e-4  # share of the promised decrease that a step must bring (Armijo)
 MAX_HALVINGS = 30
 
@@ -25,8 +25,10 @@ def minimise_batched(
     """Minimise P problems from start [P, ...]; returns variables [P, ...], objectives [P] and converged (bool [P]).
 
     A problem ends when an accepted step lowers its objective by less than tolerance * max(|objective|, 1), or when no
-    step along its direction lowers it at all: it then stands at the optimum to rounding.
+    step along its direction lowers it at all: it then stands at the optimum to rounding. Variables should be scaled so
+    that curvatures are near 1: the first step is as long as the gradient.
     """
+    check_every = 1 if start.device.type == "cpu" else CHECK_EVERY
     shape, num_problems = start.shape[1:], len(start)
     x = start.reshape(num_problems, -1).clone()
     places = torch.arange(num_problems, device=x.device)
@@ -42,9 +44,7 @@ def minimise_batched(
         uphill = slope >= 0  # a history that misleads is not used: down the gradient instead
         direction = torch.where(uphill[:, None], -g, direction)
         slope = torch.where(uphill, -(g * g).sum(dim=1), slope)
-        length = torch.ones_like(f)
-        if iteration == 0:  # nothing is known of the scale yet
-            length = (1 / g.norm(dim=1).clamp(min=1e-30)).clamp(max=1.0)
+        length = torch.ones_like(f)  # from the first step on: the variables are in units of their curvature
         waiting = ~done
         new_x, new_f, new_g = x.clone(), f.clone(), g.clone()
         for _ in range(MAX_HALVINGS):
@@ -62,7 +62,7 @@ def minimise_batched(
         done = done | (gained <= tolerance * torch.maximum(new_f.abs(), torch.ones_like(f)))
         _remember(steps, changes, new_x - x, new_g - g)
         x, f, g = new_x, new_f, new_g
-        if (iteration + 1) % COMPACT_EVERY == 0 or iteration + 1 == max_iterations:
+        if (iteration + 1) % check_every == 0 or iteration + 1 == max_iterations:
             best_x[places], best_f[places], converged[places] = x, f, done
             keep = (~done).nonzero()[:, 0]
             if len(keep) == 0:

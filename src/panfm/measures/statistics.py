@@ -45,8 +45,8 @@ FEW_GROUPS = 30  # in the rarer class: below it percentile intervals are too nar
 FEW_AREA_GROUPS = 90
 # Metrics that hang on few images at one end of the ranking. Simulated with 30 and 60 groups: AUROC of three classes 92
 # and 95 %, AUPRC 91 to 93 and 92 to 95 %, partial AUROC 89 to 91 and 91 to 92 %, calibration slope 91 to 92 and 93 %.
-# Other families (`tests.measures.simulate_families`): numbers and grades cover 89 to 92 % with 30 groups, 93 to 95 % with
-# 60; with 15 patients who had the event C-indices and AUROC cover 93 to 97 %, the Brier score 92 to 93 %.
+# Other families (`tests.measures.simulate_families`): numbers and grades cover 89 to 92 % with 30 groups, 93 to 95 %
+# with 60; with 15 patients who had the event C-indices and AUROC cover 93 to 97 %, the Brier score 92 to 93 %.
 MIN_BOOTSTRAP_GROUPS: Mapping[str, int] = {
     "auroc": 60,
     "auprc": 100,
