@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from scipy.stats import binomtest
 
 from panfm.config import validate
 from panfm.errors import UserError
@@ -179,6 +180,38 @@ def test_an_evaluation_brings_subgroups_and_thresholds(
     assert "no subgroups by sex: unknown throughout" in page.notes
     assert "6 images without the label diagnosis" in page.notes
     assert (page.positive, page.encoders[0].calibration is not None) == ("melanoma", True)
+
+
+@pytest.mark.parametrize("images_a_group", [1, 3])
+def test_mcnemar_is_shown_where_every_image_is_another_patient(tmp_path: Path, images_a_group: int) -> None:
+    root = tmp_path / "results"
+    for encoder, strength in ((GOOD, 3.0), (RANDOM, 0.2)):
+        path = write_trial(root, encoder, "lesions", strength, num_groups=80)
+        if images_a_group == 3:
+            continue
+        result = next(one for found, one in read_results([root]) if found == path)
+        table = read_predictions(path.with_suffix(".parquet"))
+        groups = pa.array([f"g{number:03d}" for number in range(len(table))])
+        sha256 = write_predictions(path.with_suffix(".parquet"), table.set_column(1, "group", groups))
+        write_result(root, result.model_copy(update={"predictions_sha256": sha256, "num_test_groups": len(table)}))
+    _, (page,) = compute_standings([root])
+    build_leaderboard([root], tmp_path)
+    html = (tmp_path / "tasks" / f"{page.task.slug}.html").read_text()
+    assert ("Right on which images?" in html) == (images_a_group == 1)
+    if images_a_group == 3:
+        assert page.right_more == () and page.reference is None
+        return
+    labels, *_ = read_rows(root)
+    tables = {
+        one.encoder.name: get_scores(read_predictions(path.with_suffix(".parquet"))).argmax(axis=1) == labels
+        for path, one in read_results([root])
+    }
+    (line,) = page.right_more
+    assert (line.encoder, page.reference) == (GOOD, RANDOM)
+    only_good, only_random = (tables[GOOD] & ~tables[RANDOM]).sum(), (tables[RANDOM] & ~tables[GOOD]).sum()
+    assert (line.found.num_only_a, line.found.num_only_b) == (only_good, only_random)
+    expected = binomtest(int(only_random), int(only_good + only_random), 0.5).pvalue
+    assert line.p_adjusted == pytest.approx(expected) and expected < 0.05
 
 
 @pytest.mark.parametrize(("num_high", "is_shown"), [(40, True), (MIN_SHOWN_GROUPS - 1, False)])

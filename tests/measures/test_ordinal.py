@@ -21,7 +21,9 @@ def test_two_classes_are_the_linear_probe() -> None:
     fit = fit_ordinal_cv(features, labels, groups, num_classes=2, seed=1)
     probe = fit_probe_cv(features, labels, groups, num_classes=2, seed=1)
     assert fit.C == probe.C and fit.num_folds == probe.num_folds == 5
-    np.testing.assert_allclose(fit.probe.predict(features), probe.probe.predict(features), atol=1e-5)  # two ways to one optimum
+    np.testing.assert_allclose(
+        fit.probe.predict(features), probe.probe.predict(features), atol=1e-5
+    )  # two ways to one optimum
     assert fit.log_losses == pytest.approx(probe.log_losses)
 
 

@@ -5,6 +5,7 @@
 One section is one (real or synthetic, protocol, variant, label_fraction): nothing is ranked across sections.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -175,3 +176,11 @@ class LeaderboardSummary:
     encoders: tuple[str, ...]  # all names, sorted: an encoder keeps its colour on the whole page
     num_results: int
     audit: str | None = None  # SHA-256 of the audit.json that the cells were held against
+
+
+def choose_reference(cards: Mapping[str, EncoderCard]) -> str | None:
+    """The encoder at random weights if there is one, else the first by name; none where there is nothing to compare."""
+    if len(cards) < 2:
+        return None
+    random = sorted(name for name, card in cards.items() if "@random:" in card.address)
+    return random[0] if random else min(cards)

@@ -17,11 +17,21 @@ from pathlib import Path
 import numpy as np
 
 from panfm.errors import UserError
-from panfm.evaluation.board import AuditedCell, Cell, Comparison, DevelopmentRow, LeaderboardSummary, Row, Section, Task
+from panfm.evaluation.board import (
+    AuditedCell,
+    Cell,
+    Comparison,
+    DevelopmentRow,
+    LeaderboardSummary,
+    Row,
+    Section,
+    Task,
+    choose_reference,
+)
 from panfm.evaluation.cells import Measured, adjust_column, build_cell, compare, measure
 from panfm.evaluation.contamination_list import Audit, Seen, find_seen
 from panfm.evaluation.ranking import compare_with_reference, rank
-from panfm.evaluation.results import EncoderCard, Result, read_results
+from panfm.evaluation.results import Result, read_results
 from panfm.evaluation.task_pages import TaskPage, build_task_page
 from panfm.evaluation.tasks import TaskCard, load_task
 from panfm.evaluation.verify import TestSet, check_same_test_set, check_unique, read_test_set, recompute
@@ -199,7 +209,7 @@ def _build_section(key: SectionKey, columns: Sequence[_Column]) -> Section:
     measured = {(name, column.task.name): one for column in columns for name, one in column.measured[key].items()}
     names = sorted({name for name, _ in measured})
     cards = {name: one.encoder for (name, _), one in sorted(measured.items())}
-    reference = _choose_reference(cards)
+    reference = choose_reference(cards)
     cells = _build_cells(key, names, reference, columns, measured)
     # A metric that this test set leaves undefined is so for every encoder, and one that a guess has at its best tells
     # nothing: the task then counts for none.
@@ -265,14 +275,6 @@ def _order_rows(row: Row) -> tuple[int, float, float, str]:
     if row.standing is None:
         return 10**9, 0.0, 0.0, row.encoder.name
     return row.standing.rank, -row.standing.borda, -row.standing.score, row.encoder.name
-
-
-def _choose_reference(cards: Mapping[str, EncoderCard]) -> str | None:
-    """The encoder at random weights if there is one, else the first by name; none where there is nothing to compare."""
-    if len(cards) < 2:
-        return None
-    random = sorted(name for name, card in cards.items() if "@random:" in card.address)
-    return random[0] if random else min(cards)
 
 
 def _list_development(found: Sequence[Found]) -> tuple[DevelopmentRow, ...]:

@@ -13,18 +13,20 @@ that most test groups have: that is found without a look at any score. Figures o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from panfm.errors import UserError
-from panfm.evaluation.board import Task
+from panfm.evaluation.board import Task, choose_reference
 from panfm.evaluation.operating import read_thresholds
 from panfm.evaluation.results import MetricValue
 from panfm.evaluation.subgroup_columns import OTHER
 from panfm.evaluation.verify import SAME_VALUE, TestSet
 from panfm.measures.by_family import compute_point, describe_metric
 from panfm.measures.calibration import Calibration, ReliabilityBin, build_reliability_table, estimate_calibration
+from panfm.measures.comparisons import McNemar, adjust_holm, compare_mcnemar
 from panfm.measures.intervals import Estimate, estimate_proportion
 from panfm.measures.metrics import PROBABILITY_TOLERANCE
 from panfm.measures.operating_points import (
@@ -103,6 +105,15 @@ class EncoderDetails:
 
 
 @dataclass(frozen=True)
+class RightMore:
+    """An encoder against the reference by which units it is right on; p-values by McNemar, adjusted by Holm."""
+
+    encoder: str
+    found: McNemar
+    p_adjusted: float | None
+
+
+@dataclass(frozen=True)
 class TaskPage:
     """A task with its encoders in one section."""
 
@@ -117,6 +128,8 @@ class TaskPage:
     licence: str | None
     citation: str | None
     caution: str | None  # the card's own note
+    reference: str | None = None  # the encoder that `right_more` compares with
+    right_more: tuple[RightMore, ...] = ()
 
 
 def build_task_page(task: Task, facts: Mapping[str, str | None], test_sets: Sequence[TestSet], seed: int) -> TaskPage:
@@ -146,7 +159,24 @@ def build_task_page(task: Task, facts: Mapping[str, str | None], test_sets: Sequ
         licence=facts.get("licence"),
         citation=facts.get("citation"),
         caution=facts.get("note"),
+        **_compare_right(test_sets),
     )
+
+
+def _compare_right(test_sets: Sequence[TestSet]) -> dict[str, Any]:
+    """McNemar's test of every encoder against the reference, where each unit is a group of its own; else nothing."""
+    first = test_sets[0]
+    independent = len(np.unique(first.groups)) == len(first.groups)
+    if len(test_sets) < 2 or not independent or not _has_probabilities(first):
+        return {}
+    reference = choose_reference({one.result.encoder.name: one.result.encoder for one in test_sets})
+    right = {one.result.encoder.name: one.scores.argmax(axis=1) == one.labels for one in test_sets}
+    assert reference is not None, "two encoders have a reference"
+    others = [name for name in right if name != reference]
+    found = [compare_mcnemar(right[name], right[reference], first.groups) for name in others]
+    adjusted = adjust_holm([one.p_value for one in found])
+    lines = tuple(RightMore(*line) for line in zip(others, found, adjusted, strict=True))
+    return {"reference": reference, "right_more": lines}
 
 
 def _describe_encoder(test_set: TestSet, binary: bool, seed: int) -> EncoderDetails:
