@@ -43,7 +43,8 @@ def test_the_whole_way_on_a_small_archive(tmp_path: Path, capfd: pytest.CaptureF
     text = page.read_text()
     assert "pretrained in this demo" in text and "the same at random initialisation" in text
     assert "ynthetic" in text
-    assert {path.suffix for path in page.parent.iterdir()} == {".html", ".md", ".csv", ".json"}
+    assert {path.suffix for path in page.parent.iterdir() if path.is_file()} == {".html", ".md", ".csv", ".json"}
+    assert len(list((page.parent / "tasks").glob("*.html"))) == 5  # a page a task
     printed = capfd.readouterr()
     assert str(page.resolve()) in printed.err.replace("\n", "")
 
