@@ -115,6 +115,11 @@ def count_regime_groups(family: str, name: str, outcome: Outcome) -> tuple[int, 
         return count_rarer_groups(outcome.labels, outcome.groups), "in the rarer class"
     if family == "survival":  # what counts is in how many patients something occurred
         return len(np.unique(outcome.groups[outcome.targets[:, 1] == 1])), "with the event"
+    if family == OUT_OF_DISTRIBUTION:
+        is_unknown = ~_find_classified(family, outcome)
+        return count_rarer_groups(is_unknown, outcome.groups), "in the rarer of known and unknown"
+    if family == "ugly_duckling":
+        return len(np.unique(outcome.groups[outcome.labels == 1])), "with a positive"
     return len(np.unique(outcome.groups)), "in all"
 
 

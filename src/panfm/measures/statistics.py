@@ -55,6 +55,9 @@ MIN_BOOTSTRAP_GROUPS: Mapping[str, int] = {
     "quadratic_kappa": 60,
     **dict.fromkeys(("harrell_c", "uno_c", "time_dependent_auroc"), 15),
     "integrated_brier": 40,
+    "unknown_auroc": 60,  # as any area and any average precision by percentiles
+    "unknown_auprc": 100,
+    "fpr_at_95_tpr": 60,
 }
 MIN_SLOPE_GROUPS = 60
 # A paired difference on replicates gets a p-value from here on: with 40 groups 8 to 10 % were rejected under the null.
