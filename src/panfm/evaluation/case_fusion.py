@@ -21,14 +21,13 @@ from pydantic import Field
 
 from panfm.config import config_class
 from panfm.errors import UserError
-from panfm.evaluation.linear_probe import describe_probe
+from panfm.evaluation.linear_probe import score_probe
 from panfm.evaluation.metadata import Metadata, encode_metadata, read_metadata
 from panfm.evaluation.protocol import Material, Scored, Trial
 from panfm.evaluation.slides import compute_mean_features
 from panfm.evaluation.splits import Split
 from panfm.evaluation.tasks import TaskCard
 from panfm.files import compute_json_hash
-from panfm.measures.probe import fit_probe_cv
 from panfm.shards.index import ShardSet
 
 Floats = NDArray[np.float64]
@@ -131,15 +130,7 @@ def score_case_fusion(trial: Trial, material: Material, config: CaseFusionConfig
         blocks.append(known)
         chosen["columns"] = list(metadata.columns)
     inputs = np.concatenate(blocks, axis=1)
-    fit = fit_probe_cv(
-        inputs[trial.train],
-        trial.split.labels[trial.train],
-        trial.split.groups[trial.train],
-        num_classes=trial.num_classes,
-        seed=trial.seed,
-        num_folds=config.num_folds,
-    )
-    return Scored(fit.probe.predict(inputs[trial.test]), {**describe_probe(trial, fit), **chosen})
+    return score_probe(trial, inputs, config.num_folds, chosen)
 
 
 def _gather_rows(shard_set: ShardSet, place_of: dict[int, int], left_out: Counter[str]) -> dict[str, list[int]]:

@@ -32,14 +32,13 @@ from panfm.encoder.embedding import iterate_features
 from panfm.encoder.load import Encoder
 from panfm.errors import UserError
 from panfm.evaluation.families import ChangeTarget
-from panfm.evaluation.linear_probe import describe_probe
+from panfm.evaluation.linear_probe import score_probe
 from panfm.evaluation.protocol import Material, Scored, Trial
 from panfm.evaluation.registration import Alignment, align_pixels, register
 from panfm.evaluation.small_heads import HeadConfig, score_head
 from panfm.evaluation.splits import Split
 from panfm.evaluation.tasks import TaskCard
 from panfm.files import compute_json_hash
-from panfm.measures.probe import fit_probe_cv
 from panfm.progress import progress_bar
 from panfm.shards.index import ShardSet
 
@@ -131,16 +130,16 @@ def score_change(trial: Trial, material: Material, config: ChangeConfig) -> Scor
     variant: Inputs = trial.recipe["variant"]
     pairs = np.stack(trial.split.members)  # [N, 2]
     if variant == "interval_only":
-        return _score_probe(trial, np.log1p(_read_days(material.shard_set, pairs))[:, None], config, {})
+        return score_probe(trial, np.log1p(_read_days(material.shard_set, pairs))[:, None], config.num_folds, {})
     if variant == "single_image":
-        return _score_probe(trial, np.asarray(material.features[pairs[:, 1]], np.float64), config, {})
+        return score_probe(trial, np.asarray(material.features[pairs[:, 1]], np.float64), config.num_folds, {})
     registered = _get_registered(material, trial, config)
     earlier = np.asarray(material.features[pairs[:, 0]], dtype=np.float64)  # [N, D]
     later = np.asarray(registered.later, dtype=np.float64)
     if variant == "siamese":
         return _score_siamese(trial, material, earlier, later, config, registered.describe())
     inputs = later - earlier if variant == "difference" else np.concatenate([earlier, later], axis=1)
-    return _score_probe(trial, inputs, config, registered.describe())
+    return score_probe(trial, inputs, config.num_folds, registered.describe())
 
 
 class SiameseHead(nn.Module):
@@ -182,18 +181,6 @@ def _read_days(shard_set: ShardSet, pairs: NDArray[np.int64]) -> NDArray[np.floa
     """Days between the two images of each pair [N]."""
     days = np.array(shard_set.table.column("visit_day").take(pairs.ravel()).to_pylist(), dtype=np.float64)
     return np.asarray(np.diff(days.reshape(-1, 2), axis=1)[:, 0])
-
-
-def _score_probe(trial: Trial, inputs: NDArray[np.float64], config: ChangeConfig, chosen: dict[str, Any]) -> Scored:
-    fit = fit_probe_cv(
-        inputs[trial.train],
-        trial.split.labels[trial.train],
-        trial.split.groups[trial.train],
-        num_classes=trial.num_classes,
-        seed=trial.seed,
-        num_folds=config.num_folds,
-    )
-    return Scored(fit.probe.predict(inputs[trial.test]), {**describe_probe(trial, fit), **chosen})
 
 
 def _score_siamese(

@@ -6,7 +6,7 @@ C is chosen inside the labelled training images by grouped, stratified cross-val
 fold nor the test fold takes part. Loss = sum of cross-entropies + |W|^2 / (2 C), bias unpenalised.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,22 @@ def score_linear_probes(
 def _score_fit(trial: Trial, fit: ProbeFit, features: NDArray[np.floating]) -> Scored:
     scores = fit.probe.predict(np.asarray(features[trial.test], dtype=np.float64))
     return Scored(scores=scores, chosen=describe_probe(trial, fit))
+
+
+def score_probe(trial: Trial, inputs: NDArray[np.float64], num_folds: int, chosen: Mapping[str, Any]) -> Scored:
+    """The linear probe on whatever numbers a protocol makes of its units: inputs [N, E] of all units of the split.
+
+    chosen: what the protocol chose besides; it stands beside what the probe chose.
+    """
+    fit = fit_probe_cv(
+        inputs[trial.train],
+        trial.split.labels[trial.train],
+        trial.split.groups[trial.train],
+        num_classes=trial.num_classes,
+        seed=trial.seed,
+        num_folds=num_folds,
+    )
+    return Scored(fit.probe.predict(inputs[trial.test]), {**describe_probe(trial, fit), **chosen})
 
 
 def describe_probe(trial: Trial, fit: ProbeFit) -> dict[str, Any]:

@@ -17,10 +17,9 @@ from pydantic import Field
 
 from panfm.config import config_class
 from panfm.errors import UserError
-from panfm.evaluation.linear_probe import describe_probe
+from panfm.evaluation.linear_probe import score_probe
 from panfm.evaluation.metadata import encode_metadata, encode_missingness, read_metadata
 from panfm.evaluation.protocol import Scored, Trial
-from panfm.measures.probe import fit_probe_cv
 from panfm.shards.index import ShardSet
 
 Inputs = Literal["default", "metadata", "missingness", "phototype"]
@@ -57,13 +56,5 @@ def score_metadata_fusion(
     joined = known
     if inputs in ("default", "phototype"):
         joined = np.concatenate([np.asarray(features, dtype=np.float64), known], axis=1)
-    fit = fit_probe_cv(
-        joined[trial.train],
-        split.labels[trial.train],
-        split.groups[trial.train],
-        num_classes=trial.num_classes,
-        seed=trial.seed,
-        num_folds=config.num_folds,
-    )
-    chosen = {**describe_probe(trial, fit), "columns": list(metadata.columns), "num_encoded": known.shape[1]}
-    return Scored(scores=fit.probe.predict(joined[trial.test]), chosen=chosen)
+    chosen = {"columns": list(metadata.columns), "num_encoded": known.shape[1]}
+    return score_probe(trial, joined, config.num_folds, chosen)

@@ -25,7 +25,6 @@ from panfm.evaluation.splits import Split
 from panfm.evaluation.task_rows import select_rows
 from panfm.evaluation.tasks import TaskCard
 from panfm.evaluation.text_tower import load_text_side
-from panfm.files import compute_json_hash
 from panfm.shards.index import ShardSet
 
 Similarity = Literal["cosine", "centred"]
@@ -75,16 +74,9 @@ def build_queries(card: TaskCard, split: Split, shard_set: ShardSet) -> Split:
             f"task {card.name} on {shard_set.path}: none of {num_alone} images ({target.query}) has a partner "
             f"({target.gallery} of the same {target.match}) in its fold; use more images, or another task"
         )
-    notes = [f"{num_alone} queries ({target.query}) without a partner ({target.gallery})"] if num_alone else []
+    note = f"{num_alone} queries ({target.query}) without a partner ({target.gallery})" if num_alone else None
     return replace(
-        split,
-        rows=split.rows[kept],
-        keys=split.keys[kept],
-        groups=split.groups[kept],
-        labels=split.labels[kept],
-        folds=split.folds[kept],
-        hash=compute_json_hash([split.hash, "queries", target.model_dump(mode="json"), split.keys[kept].tolist()]),
-        notes=(*split.notes, *notes),
+        split.take(kept, f"queries {target.model_dump_json()}", note),
         members=tuple(split.rows[kept][:, None]),
         targets=num_partners[kept, None].astype(np.float64),
     )

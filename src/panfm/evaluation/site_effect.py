@@ -15,7 +15,6 @@ costs, the difference of that to `linear_probe` what the fewer labels do. Scores
 a metric of each institution by itself is in the board's subgroup table of `institution`.
 """
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +29,6 @@ from panfm.evaluation.linear_probe import describe_fit
 from panfm.evaluation.protocol import TRAIN_FOLDS, Material, Scored, Trial
 from panfm.evaluation.splits import Split
 from panfm.evaluation.tasks import TaskCard
-from panfm.files import compute_json_hash
 from panfm.measures.combat import BatchEffect, Combat, estimate_batch, fit_combat
 from panfm.measures.probe import ProbeFit, fit_probe_cv
 from panfm.measures.robust_probe import fit_robust_probe_cv
@@ -71,21 +69,8 @@ def build_institutions(card: TaskCard, split: Split, shard_set: ShardSet) -> Spl
             f"task {card.name}: {found}, so none can be left out; map the column `institution` in the source card, or "
             f"leave leave_institution_out out of the protocols"
         )
-    notes = () if known.all() else (f"{(~known).sum()} images of unknown institution",)
-    return replace(
-        split,
-        rows=split.rows[known],
-        keys=split.keys[known],
-        groups=split.groups[known],
-        labels=split.labels[known],
-        folds=split.folds[known],
-        hash=compute_json_hash(["institution known", split.hash, split.keys[known].tolist()]),
-        notes=(*split.notes, *notes),
-        members=tuple(members for members, keep in zip(split.members, known, strict=True) if keep)
-        if split.members
-        else (),
-        targets=split.targets[known] if len(split.targets) else split.targets,
-    )
+    note = None if known.all() else f"{(~known).sum()} images of unknown institution"
+    return split.take(np.flatnonzero(known), "institution known", note)
 
 
 def read_institutions(shard_set: ShardSet, rows: Ints) -> NDArray[np.str_]:

@@ -79,8 +79,8 @@ class Split:
         """Return the places (not row numbers) of the images in one of `folds`: int64 [n]."""
         return np.flatnonzero(np.isin(self.folds, folds)).astype(np.int64)
 
-    def take(self, places: NDArray[np.int64], rule: str, note: str) -> "Split":
-        """The split of some of its units, int64 [n]: `rule` enters its hash, `note` says what is missing."""
+    def take(self, places: NDArray[np.int64], rule: str, note: str | None) -> "Split":
+        """The split of some of its units, int64 [n]: `rule` enters its hash, `note` what is missing, if anything."""
         return replace(
             self,
             rows=self.rows[places],
@@ -89,7 +89,7 @@ class Split:
             labels=self.labels[places],
             folds=self.folds[places],
             hash=compute_json_hash([rule, self.hash, self.keys[places].tolist()]),
-            notes=(*self.notes, note),
+            notes=self.notes if note is None else (*self.notes, note),
             members=tuple(self.members[place] for place in places) if self.members else (),
             targets=self.targets[places] if len(self.targets) else self.targets,
         )

@@ -20,7 +20,6 @@ from panfm.evaluation.families import UglyDucklingTarget
 from panfm.evaluation.protocol import Material, Scored, Trial
 from panfm.evaluation.splits import Split
 from panfm.evaluation.tasks import TaskCard
-from panfm.files import compute_json_hash
 from panfm.shards.index import ShardSet
 
 
@@ -52,17 +51,8 @@ def build_people(card: TaskCard, split: Split, shard_set: ShardSet) -> Split:
         )
     left_out = f"{len(split.rows) - len(kept)} images of {num_left_out} {split.group_kind}s"
     note = f"{left_out} with fewer than {target.min_lesions} lesions"
-    return replace(
-        split,
-        rows=split.rows[kept],
-        keys=split.keys[kept],
-        groups=split.groups[kept],
-        labels=split.labels[kept],
-        folds=split.folds[kept],
-        hash=compute_json_hash([split.hash, "people", target.min_lesions, split.keys[kept].tolist()]),
-        notes=(*split.notes, note) if num_left_out else split.notes,
-        members=tuple(split.rows[kept][:, None]),
-    )
+    rule = f"people of {target.min_lesions} lesions"
+    return replace(split.take(kept, rule, note if num_left_out else None), members=tuple(split.rows[kept][:, None]))
 
 
 def read_lesions(shard_set: ShardSet, rows: NDArray[np.int64]) -> NDArray[np.str_]:
