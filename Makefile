@@ -7,7 +7,7 @@ DEMO_OUT ?= demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTEST_ARGS ?=
 
-# The whole way on synthetic images, ending in demo/leaderboard/leaderboard.html.
+# The whole way on synthetic images, ending in demo/leaderboard/index.html.
 demo: $(VENV)/.installed
 	$(BIN)/panfm demo --out $(DEMO_OUT)
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from recipes_train import PEERS, UNTRAINED, Plan
 from rows import Row
 
+from panfm.board.verify import check_same_test_set, read_test_set, recompute
 from panfm.evaluation.protocol import EvaluatedOn
 from panfm.evaluation.results import Result, read_results
 from panfm.evaluation.run import run_evaluation
 from panfm.evaluation.run_config import EncoderEntry, EvaluateConfig
-from panfm.evaluation.verify import check_same_test_set, read_test_set, recompute
 from panfm.files import read_json
 from panfm.measures.statistics import compute_bootstrap_seed, compute_interval, draw_group_weights
 

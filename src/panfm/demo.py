@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from panfm.board.build import build_leaderboard, format_table
 from panfm.config import load_config
 from panfm.encoder.export import export_encoder
-from panfm.evaluation.leaderboard import build_leaderboard, format_table
 from panfm.evaluation.run import run_evaluation
 from panfm.evaluation.run_config import EvaluateConfig
 from panfm.evaluation.splits import compute_excluded
@@ -78,7 +78,7 @@ def run_demo(out: Path, *, num_patients: int = 200, processes: int = 2, override
     board = _stage("6/6  leaderboard", lambda: build_leaderboard([out / "results"], out / "leaderboard"))
 
     print_output(format_table(board))
-    page = out / "leaderboard" / "leaderboard.html"
+    page = out / "leaderboard" / "index.html"
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     console.print(
         f"\nThe whole way in {minutes} min {seconds} s, on SYNTHETIC images: this shows that the parts fit together, "

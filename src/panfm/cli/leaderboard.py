@@ -16,19 +16,19 @@ def _group() -> None:
 @app.command("build")
 def build(
     results: Annotated[list[Path], typer.Argument(help="Results folders, as `panfm evaluate run --out` wrote them.")],
-    out: Annotated[Path, typer.Option(help="Folder for leaderboard.html, .md, .csv and .json.")] = Path("leaderboard"),
+    out: Annotated[Path, typer.Option(help="Folder for index.html and what belongs to it.")] = Path("leaderboard"),
     audit: Annotated[
         Path | None, typer.Option(help="Audit folder: cells show how many test images pretraining may have seen.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Local processes, a task each.")] = 2,
 ) -> None:
-    """Build leaderboard.html, its .md, .csv and .json, and a page a task; equal inputs give equal bytes.
+    """Build index.html, a page a task, LEADERBOARD.md, leaderboard.csv and .json; equal inputs give equal bytes.
 
     Example: panfm leaderboard build results --out leaderboard
     """
-    from panfm.evaluation.leaderboard import build_leaderboard, format_table
+    from panfm.board.build import build_leaderboard, format_table
     from panfm.progress import print_output
 
     summary = build_leaderboard(results, out, audit, processes=processes)
     print_output(format_table(summary))
-    typer.echo(f"{out / 'leaderboard.html'}: open it in a browser")
+    typer.echo(f"{out / 'index.html'}: open it in a browser")

@@ -16,7 +16,14 @@ from panfm.evaluation.families import Family
 from panfm.evaluation.protocol import Protocol, Trial, build_trial
 from panfm.evaluation.protocols import PROTOCOLS
 from panfm.evaluation.results import EncoderCard, TrainedOn, make_folder_name
-from panfm.evaluation.run_config import EvaluateConfig, count_draws, get_entries, list_protocols, list_recipes
+from panfm.evaluation.run_config import (
+    EncoderEntry,
+    EvaluateConfig,
+    count_draws,
+    get_entries,
+    list_protocols,
+    list_recipes,
+)
 from panfm.evaluation.splits import Split, load_split
 from panfm.evaluation.task_rows import find_classes
 from panfm.evaluation.tasks import TaskCard, list_tasks, load_task
@@ -189,9 +196,9 @@ def check_encoders(config: EvaluateConfig) -> list[str]:
     return names
 
 
-def describe_encoder(encoder: Encoder, name: str, card: TaskCard) -> EncoderCard:
+def describe_encoder(encoder: Encoder, entry: EncoderEntry, name: str, card: TaskCard) -> EncoderCard:
     """The encoder as this task's Results show it. Contamination is a fact about an encoder and a task together."""
-    values = {**asdict(encoder.card), "name": name}
+    values = {**asdict(encoder.card), "name": name, "licence": entry.licence, "access": entry.access}
     if encoder.facts is not None:
         values["contamination"] = "excluded" if card.name in encoder.facts.excluded_tasks else "unknown"
         values["excluded_tasks"], values["audit"] = encoder.facts.excluded_tasks, encoder.facts.audit

@@ -7,8 +7,8 @@ split of others is not ours even where the images are the same. Only what was re
 stays out. Needs no torch.
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,7 @@ class NumberEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
+    readers: bool = False  # people rather than a model: `model` says who they are
     metric: str  # our name where we have one, else the publication's own word
     value: float | None = None
     low: float | None = None  # of the interval as printed; how it was made stands in the table's note
@@ -124,12 +125,14 @@ def load_published(name_or_path: str | Path) -> Publication:
 
 def find_published(task: str, names: tuple[str, ...] | None = None) -> tuple[PublishedNumber, ...]:
     """All numbers about a task, in the publications `names` (null: all that are shipped)."""
-    return tuple(_walk(task, tuple(list_published()) if names is None else names))
+    publications = [load_published(name) for name in (tuple(list_published()) if names is None else names)]
+    return collect_published(publications).get(task, ())
 
 
-def _walk(task: str, names: tuple[str, ...]) -> Iterator[PublishedNumber]:
-    for name in names:
-        publication = load_published(name)
+def collect_published(publications: Iterable[Publication]) -> dict[str, tuple[PublishedNumber, ...]]:
+    """All numbers of the publications, by task."""
+    found: dict[str, list[PublishedNumber]] = defaultdict(list)
+    for publication in publications:
         for table in publication.tables:
-            if table.task == task:
-                yield from (PublishedNumber(publication, table, entry) for entry in table.numbers)
+            found[table.task] += [PublishedNumber(publication, table, entry) for entry in table.numbers]
+    return {task: tuple(numbers) for task, numbers in found.items()}

@@ -67,6 +67,8 @@ class EncoderCard(BaseModel):
     image_size: int
     pooling: str
     training_data: str | None = None  # what is known of it; null = unknown to us
+    licence: str | None = None  # of the weights; null = not declared
+    access: Literal["open", "request", "private"] | None = None  # who gets the weights; null = not declared
     contamination: Literal["excluded", "none", "unknown"] = "unknown"
     sources: tuple[TrainedOn, ...] | None = None  # null = unknown to us
     excluded_tasks: tuple[str, ...] = ()  # tasks whose test groups were kept out of its pretraining

@@ -239,7 +239,7 @@ def _count_trials(piece: _Piece) -> int:
 
 def _check_piece(run: _Run, place: int, task: PlannedTask, protocol: Protocol) -> PieceStatus:
     failures: list[Failure] = []
-    encoder = describe_encoder(_load_encoder(run, place), run.names[place], task.card)
+    encoder = describe_encoder(_load_encoder(run, place), get_entries(run.config)[place], run.names[place], task.card)
     trials = plan_trials(run.config, task, protocol, encoder, failures)
     num_done = sum(find_result(Path(run.config.out), trial) is not None for trial in trials)
     return PieceStatus(encoder.name, task.card.name, protocol, num_done, len(trials) - num_done, tuple(failures))
@@ -267,7 +267,7 @@ def _measure_trials(piece: _Piece) -> _Answer:
     task = next(task for task in _open_tasks(run)[0] if task.card.name == piece.task)
     encoder = _load_encoder(run, piece.encoder)
     material = Material(_load_features(run, piece.encoder, task.card.source), encoder, task.shard_set)
-    card = describe_encoder(encoder, run.names[piece.encoder], task.card)
+    card = describe_encoder(encoder, get_entries(run.config)[piece.encoder], run.names[piece.encoder], task.card)
     trials = [
         trial
         for trial in plan_trials(run.config, task, piece.protocol, card, [])  # what fails there was counted by the plan

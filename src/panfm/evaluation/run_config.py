@@ -44,6 +44,10 @@ class EncoderEntry:
     """panfm:DIR, timm:NAME, timm:NAME@FILE, timm:NAME@random:SEED, hf:DIR; parameters after `?`."""
     name: str | None = None
     """Unique among the encoders; null = made from the address."""
+    licence: str | None = None
+    """Of the weights, as the board shows it; null = what the weights' origin declares, if it does."""
+    access: Literal["open", "request", "private"] | None = None
+    """Who can get the weights: anybody, who asks, nobody else. null = not declared."""
 
 
 @config_class
@@ -51,7 +55,7 @@ class EvaluateConfig:
     """One evaluation run."""
 
     encoders: tuple[EncoderEntry | str, ...]
-    """Addresses, or {address, name}."""
+    """Addresses, or {address, name, licence, access}."""
     shards: tuple[str, ...]
     """Folders of shard sets, one source each."""
     tasks: Literal["all"] | tuple[str, ...] = "all"

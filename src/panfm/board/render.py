@@ -17,9 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 from rich.text import Text
 
-from panfm.evaluation.board import LeaderboardSummary, Task
-from panfm.evaluation.charts import EFFICIENCY_HEIGHT, compute_efficiencies, compute_forests, get_series
-from panfm.evaluation.words import (
+from panfm.board.charts import EFFICIENCY_HEIGHT, compute_efficiencies, compute_forests, get_series
+from panfm.board.summary import LeaderboardSummary, Task
+from panfm.board.words import (
     CONTAMINATION,
     PROTOCOLS,
     RESEARCH_ONLY,

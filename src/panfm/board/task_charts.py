@@ -6,8 +6,8 @@ x is in percent of the drawing's width and y in pixels from the top.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from panfm.evaluation.charts import Tick, choose_axis, label_tick
-from panfm.evaluation.task_pages import EncoderDetails
+from panfm.board.charts import Tick, choose_axis, label_tick
+from panfm.board.task_pages import EncoderDetails
 from panfm.measures.calibration import ReliabilityBin
 from panfm.measures.survival import StepCurve
 

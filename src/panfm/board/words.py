@@ -1,6 +1,6 @@
 """What the board says in words: sections, cells and standings in, sentences and formatted numbers out."""
 
-from panfm.evaluation.board import Cell, Comparison, Row, Section, Task
+from panfm.board.summary import Cell, Comparison, Row, Section, Task
 
 PROTOCOLS = {
     "linear_probe": "Linear probe",

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from panfm.evaluation.board import Cell, Section
-from panfm.evaluation.leaderboard import build_leaderboard
+from panfm.board.build import build_leaderboard
+from panfm.board.standings import compute_standings
+from panfm.board.summary import Cell, Section
+from panfm.board.words import describe_units
 from panfm.evaluation.results import get_scores, read_predictions, read_results
-from panfm.evaluation.standings import compute_standings
-from panfm.evaluation.words import describe_units
 from panfm.measures.comparisons import adjust_holm, compare_area_parts
 from panfm.measures.draws import widen_by_draws
 from panfm.measures.intervals import compute_area_parts, estimate_area
 from panfm.measures.statistics import NO_INTERVAL, compare_paired, compute_bootstrap_seed, estimate_metrics
-from tests.evaluation.fabricated import GOOD, MIDDLE, RANDOM, write_numbers, write_trial
+from tests.board.fabricated import GOOD, MIDDLE, RANDOM, write_numbers, write_trial
 
 
 def find_cell(section: Section, encoder: str, place: int = 0) -> Cell:
@@ -39,7 +39,7 @@ def read_rows(root: Path) -> tuple[np.ndarray, np.ndarray]:
 def test_few_groups_get_the_closed_forms(tmp_path: Path) -> None:
     for encoder, strength in ((GOOD, 1.5), (RANDOM, 0.3)):
         write_trial(tmp_path, encoder, "lesions", strength, num_groups=40)
-    (section,) = compute_standings([tmp_path])[0].sections
+    (section,) = compute_standings([tmp_path]).summary.sections
     (labels, groups), scores = read_rows(tmp_path), read_scores(tmp_path)
     seed = compute_bootstrap_seed("lesions", "split-lesions")
     expected = estimate_metrics(["auroc"], labels, scores[GOOD][0], groups, seed=seed)["auroc"]
@@ -58,7 +58,7 @@ def test_draws_widen_the_closed_forms(tmp_path: Path) -> None:
     for draw, strength in enumerate((0.9, 1.1, 1.3, 1.5)):
         for encoder, behind in ((GOOD, 0.0), (RANDOM, 0.5)):
             write_trial(tmp_path, encoder, "lesions", strength - behind, num_groups=40, fraction=0.1, draw=draw)
-    (section,) = compute_standings([tmp_path])[0].sections
+    (section,) = compute_standings([tmp_path]).summary.sections
     (labels, groups), scores = read_rows(tmp_path), read_scores(tmp_path)
     patients = estimate_area(labels, np.stack([one[:, 1] for one in scores[GOOD]]), groups)
     values = [estimate_area(labels, one[:, 1], groups).value for one in scores[GOOD]]
@@ -78,7 +78,7 @@ def test_draws_widen_the_closed_forms(tmp_path: Path) -> None:
 def test_two_draws_are_said_not_to_count(tmp_path: Path) -> None:
     for draw in range(2):
         write_trial(tmp_path, GOOD, "lesions", 1.0 + draw, num_groups=200, fraction=0.1, draw=draw)
-    (section,) = compute_standings([tmp_path])[0].sections
+    (section,) = compute_standings([tmp_path]).summary.sections
     cell = find_cell(section, GOOD)
     assert cell.method == "bootstrap" and "holds the test patients alone: 2 draws" in (cell.reason or "")
 
@@ -88,14 +88,14 @@ def test_a_fraction_that_cannot_be_had_is_marked(tmp_path: Path) -> None:
     for encoder in (GOOD, RANDOM):
         write_trial(tmp_path / "r", encoder, "lesions", 1.0, fraction=0.01, settings={"label_note": note})
     build_leaderboard([tmp_path / "r"], tmp_path)
-    assert f'title="{note}">too few patients for this fraction' in (tmp_path / "leaderboard.html").read_text()
-    assert note in (tmp_path / "leaderboard.md").read_text()
+    assert f'title="{note}">too few patients for this fraction' in (tmp_path / "index.html").read_text()
+    assert note in (tmp_path / "LEADERBOARD.md").read_text()
 
 
 def test_p_values_are_adjusted_within_a_task(tmp_path: Path) -> None:
     for encoder, strength in ((GOOD, 1.0), (MIDDLE, 0.6), ("third", 0.42), (RANDOM, 0.4)):
         write_trial(tmp_path, encoder, "lesions", strength, num_groups=240)
-    (section,) = compute_standings([tmp_path])[0].sections
+    (section,) = compute_standings([tmp_path]).summary.sections
     (labels, groups), scores = read_rows(tmp_path), read_scores(tmp_path)
     seed = compute_bootstrap_seed("lesions", "split-lesions")
     names = [GOOD, MIDDLE, "third"]
@@ -110,7 +110,7 @@ def test_few_groups_say_that_their_interval_is_uncertain(tmp_path: Path) -> None
     for encoder, strength in ((GOOD, 1.5), (RANDOM, 0.3)):
         write_trial(tmp_path / "r", encoder, "lesions", strength, num_groups=20, metric="balanced_accuracy")
     build_leaderboard([tmp_path / "r"], tmp_path)
-    page, text = ((tmp_path / f"leaderboard.{kind}").read_text() for kind in ("html", "md"))
+    page, text = ((tmp_path / name).read_text() for name in ("index.html", "LEADERBOARD.md"))
     reason = "interval outside its declared regime: 10 groups in the rarer class, shown to cover from 30 on"
     assert f'title="{reason}">interval uncertain' in page
     assert f"† {RANDOM}, lesions: {reason}" in text and "]†" in text
@@ -120,7 +120,7 @@ def test_few_groups_say_that_their_interval_is_uncertain(tmp_path: Path) -> None
 def test_calibration_error_has_no_interval_and_no_sure_rank(tmp_path: Path) -> None:
     for encoder, strength in ((GOOD, 2.0), (RANDOM, 0.2)):
         write_trial(tmp_path, encoder, "lesions", strength, metric="ece")
-    (section,) = compute_standings([tmp_path])[0].sections
+    (section,) = compute_standings([tmp_path]).summary.sections
     cell = find_cell(section, GOOD)
     assert (cell.low, cell.reason, cell.method) == (None, NO_INTERVAL["ece"], None) and cell.value is not None
     assert cell.difference is not None and (cell.difference.low, cell.difference.p_value) == (None, None)
@@ -132,7 +132,7 @@ def test_mean_over_tasks_like_these(tmp_path: Path) -> None:
     for encoder, strength in ((GOOD, 2.0), (RANDOM, 0.4)):
         for task in ("one", "two", "three"):
             write_trial(tmp_path, encoder, task, strength)
-    (section,) = compute_standings([tmp_path])[0].sections
+    (section,) = compute_standings([tmp_path]).summary.sections
     row = next(row for row in section.rows if row.encoder.name == GOOD)
     over, score = row.over_tasks, row.standing
     assert over is not None and over.method == "hierarchical_bootstrap"
@@ -158,6 +158,6 @@ def test_a_family_where_lower_is_better(tmp_path: Path) -> None:
     assert (tmp_path / "tasks/thickness.html").is_file() and (tmp_path / "tasks/thickness-lesion.html").is_file()
     known = replace(images.tasks[0], unit="image of a known institution")
     assert describe_units(known) == "120 images of a known institution, 60 patients" and " " not in known.slug
-    page = (tmp_path / "leaderboard.html").read_text()
+    page = (tmp_path / "index.html").read_text()
     assert "(lower is better)" in page and "80 lesions, 40 patients" in page
     assert "Spearman" in (tmp_path / "tasks/thickness.html").read_text()

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from panfm.evaluation.board import Cell, LeaderboardSummary, Section, Task
+from panfm.board.summary import Cell, LeaderboardSummary, Section, Task
 
 EFFICIENCY_HEIGHT = 200  # pixels between the lowest and the highest grid line
 NUM_SERIES = 8  # colours of the page; more encoders start again from the first

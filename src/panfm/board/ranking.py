@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import rankdata
 
-from panfm.evaluation.board import Comparison, Standing, Task
-from panfm.evaluation.cells import Measured, adjust_column, to_comparison
+from panfm.board.cells import Measured, adjust_column, to_comparison
+from panfm.board.summary import Comparison, Standing, Task
 from panfm.measures.comparisons import compare_over_tasks
 from panfm.measures.draws import MIN_DRAWS, Floats
 from panfm.measures.statistics import NO_INTERVAL, compute_interval
@@ -26,8 +26,8 @@ def rank(
     names: Sequence[str], measured: Mapping[tuple[str, str], Measured], tasks: Sequence[Task]
 ) -> dict[str, Standing]:
     """Rank E > 1 encoders that have all of T > 0 tasks; measured: by encoder and task."""
-    points = np.array([[_normalise(measured[name, task.name].values.mean(), task) for task in tasks] for name in names])
-    replicates = np.array([[_normalise(measured[name, task.name].spread, task) for task in tasks] for name in names])
+    points = np.array([[normalise(measured[name, task.name].values.mean(), task) for task in tasks] for name in names])
+    replicates = np.array([[normalise(measured[name, task.name].spread, task) for task in tasks] for name in names])
     reason = _explain(tasks)
     num_groups = min(task.num_test_groups for task in tasks)
     if any(task.metric in NO_INTERVAL for task in tasks):
@@ -87,7 +87,8 @@ def compute_borda(scores: Floats) -> Floats:
     return np.asarray((beaten / max(1, len(scores) - 1)).mean(axis=1))
 
 
-def _normalise(value: Floats, task: Task) -> Floats:
+def normalise(value: Floats, task: Task) -> Floats:
+    """Rescale values of a task: 0 what is common in its test set, 1 perfect."""
     return _scale(value - task.chance, task)
 
 

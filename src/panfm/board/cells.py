@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from panfm.evaluation.board import Cell, Comparison, Task
+from panfm.board.summary import Cell, Comparison, Task
+from panfm.board.verify import Run, TestSet
 from panfm.evaluation.results import EncoderCard, Result
-from panfm.evaluation.verify import Run, TestSet
 from panfm.measures.by_family import OUT_OF_DISTRIBUTION, OWN_MEASURES
 from panfm.measures.comparisons import PairedDifference, adjust_holm, compare_area_parts
 from panfm.measures.draws import MIN_DRAWS, Floats, compute_draw_variance, spread_by_draws, widen_by_draws

@@ -1,6 +1,6 @@
 """The last step of the way: Result files in, one static page and its tables out.
 
-    results/ --verify--> standings --report-------> leaderboard.html, leaderboard.md, leaderboard.csv, leaderboard.json
+    results/ --verify--> standings --report-------> index.html, LEADERBOARD.md, leaderboard.csv, leaderboard.json
                              `-----task_report--> tasks/TASK.html
 
 A pure function of its inputs: the same Results give the same bytes, wherever and whenever it runs.
@@ -9,11 +9,11 @@ A pure function of its inputs: the same Results give the same bytes, wherever an
 from collections.abc import Sequence
 from pathlib import Path
 
-from panfm.evaluation.board import LeaderboardSummary
+from panfm.board.render import format_table, render_csv, render_json, render_markdown, render_page
+from panfm.board.standings import compute_standings
+from panfm.board.summary import LeaderboardSummary
+from panfm.board.task_report import render_task_page
 from panfm.evaluation.contamination_list import read_audit
-from panfm.evaluation.report import format_table, render_csv, render_json, render_markdown, render_page
-from panfm.evaluation.standings import compute_standings
-from panfm.evaluation.task_report import render_task_page
 from panfm.files import write_text
 
 __all__ = ["LeaderboardSummary", "build_leaderboard", "format_table"]
@@ -30,13 +30,14 @@ def build_leaderboard(
     Everything is computed before the first file is written. Raises UserError for Results that cannot be trusted or
     compared (see `verify`), naming the file.
     """
-    summary, pages = compute_standings(result_roots, None if audit is None else read_audit(audit), processes=processes)
+    board = compute_standings(result_roots, None if audit is None else read_audit(audit), processes=processes)
+    summary = board.summary
     texts = {
         "leaderboard.json": render_json(summary),
         "leaderboard.csv": render_csv(summary),
-        "leaderboard.md": render_markdown(summary),
-        "leaderboard.html": render_page(summary),
-        **{f"tasks/{page.task.slug}.html": render_task_page(summary, page) for page in pages},
+        "LEADERBOARD.md": render_markdown(summary),
+        "index.html": render_page(summary),
+        **{f"tasks/{page.task.slug}.html": render_task_page(summary, page) for page in board.pages},
     }
     for name, text in texts.items():
         write_text(Path(out) / name, text)

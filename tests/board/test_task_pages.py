@@ -9,9 +9,12 @@ import pytest
 import yaml
 from scipy.stats import binomtest
 
+from panfm.board.build import build_leaderboard
+from panfm.board.standings import compute_standings
+from panfm.board.task_charts import CURVE_HEIGHT, draw_follow_up
+from panfm.board.task_pages import TaskPage, find_reference
 from panfm.config import validate
 from panfm.errors import UserError
-from panfm.evaluation.leaderboard import build_leaderboard
 from panfm.evaluation.operating import describe_thresholds
 from panfm.evaluation.results import (
     MetricValue,
@@ -24,16 +27,13 @@ from panfm.evaluation.results import (
 )
 from panfm.evaluation.run import run_evaluation
 from panfm.evaluation.run_config import EvaluateConfig
-from panfm.evaluation.standings import compute_standings
-from panfm.evaluation.task_charts import CURVE_HEIGHT, draw_follow_up
-from panfm.evaluation.task_pages import TaskPage, find_reference
 from panfm.evaluation.tasks import TaskCard
 from panfm.measures.by_family import compute_point
 from panfm.measures.operating_points import choose_thresholds, measure_operating_point
 from panfm.measures.statistics import compute_bootstrap_seed
 from panfm.measures.subgroups import MIN_SHOWN_GROUPS, compare_subgroups
 from panfm.shards.index import ShardSet
-from tests.evaluation.fabricated import GOOD, RANDOM, write_trial
+from tests.board.fabricated import GOOD, RANDOM, write_trial
 
 NUM_GROUPS = 160
 
@@ -65,7 +65,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(results: Path) -> dict[str, TaskPage]:
-    return {page.task.name: page for page in compute_standings([results])[1]}
+    return {page.task.name: page for page in compute_standings([results]).pages}
 
 
 def read_rows(results: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -111,7 +111,7 @@ def test_the_reference_that_a_card_declares_is_taken(tmp_path: Path) -> None:
             tmp_path / name, GOOD, "lesions", 2.0, num_groups=NUM_GROUPS, subgroups=levels,
             settings={"references": declared},
         )  # fmt: skip
-        _, (page, *_) = compute_standings([tmp_path / name])
+        page, *_ = compute_standings([tmp_path / name]).pages
         (details,) = page.encoders
         assert details.subgroups["sex"].reference == ("female" if name == "declared" else "male")
 
@@ -125,8 +125,8 @@ def test_reference_is_the_largest_level_and_never_other() -> None:
 def test_pages_tell_what_they_show_and_hide(results: Path, tmp_path: Path) -> None:
     build_leaderboard([results], tmp_path)
     page = (tmp_path / "tasks/lesions.html").read_text()
-    assert 'href="tasks/lesions.html"' in (tmp_path / "leaderboard.html").read_text()
-    assert 'href="../leaderboard.html"' in page and "For research only" in page
+    assert 'href="tasks/lesions.html"' in (tmp_path / "index.html").read_text()
+    assert 'href="../index.html"' in page and "For research only" in page
     shown = (
         "Operating points", "Do the probabilities keep what they promise?", "Would acting on it do good?",
         "By how the diagnosis was confirmed", "90 % sensitivity", "3 images without the label malignant",
@@ -172,7 +172,7 @@ def test_an_evaluation_brings_subgroups_and_thresholds(
         "cache_dir": str(tmp_path / "cache"), "num_replicates": 100, "protocols": ["linear_probe"],
     }  # fmt: skip
     run_evaluation(validate(EvaluateConfig, config, where="test"))
-    page = compute_standings([tmp_path / "results"])[1][0]
+    page = compute_standings([tmp_path / "results"]).pages[0]
     (details,) = page.encoders
     assert [point.threshold.wanted for point in details.operating_points] == [0.9, 0.95, 0.9, 0.95]
     assert details.common is not None and details.common.reached >= 0.9
@@ -194,7 +194,7 @@ def test_mcnemar_is_shown_where_every_image_is_another_patient(tmp_path: Path, i
         groups = pa.array([f"g{number:03d}" for number in range(len(table))])
         sha256 = write_predictions(path.with_suffix(".parquet"), table.set_column(1, "group", groups))
         write_result(root, result.model_copy(update={"predictions_sha256": sha256, "num_test_groups": len(table)}))
-    _, (page,) = compute_standings([root])
+    (page,) = compute_standings([root]).pages
     build_leaderboard([root], tmp_path)
     html = (tmp_path / "tasks" / f"{page.task.slug}.html").read_text()
     assert ("Right on which images?" in html) == (images_a_group == 1)
@@ -241,7 +241,7 @@ def test_follow_up_is_split_by_the_cut_off_of_training(tmp_path: Path, num_high:
             }
         ),
     )  # fmt: skip
-    _, (page,) = compute_standings([root])
+    (page,) = compute_standings([root]).pages
     found = page.encoders[0].follow_up
     assert found is not None and (found.num_low, found.num_high) == (100 - num_high, num_high)
     plot = draw_follow_up(page.encoders[0])

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from panfm.errors import UserError
-from panfm.evaluation.board import (
+from panfm.board.cells import Measured, adjust_column, build_cell, compare, measure
+from panfm.board.printed import build_printed_rows, list_printed, read_printed
+from panfm.board.ranking import compare_with_reference, normalise, rank
+from panfm.board.summary import (
     AuditedCell,
     Cell,
     Comparison,
@@ -28,15 +30,15 @@ from panfm.evaluation.board import (
     Task,
     choose_reference,
 )
-from panfm.evaluation.cells import Measured, adjust_column, build_cell, compare, measure
+from panfm.board.task_pages import TaskPage, build_task_page
+from panfm.board.verify import TestSet, check_same_test_set, check_unique, read_test_set, recompute
+from panfm.errors import UserError
 from panfm.evaluation.contamination_list import Audit, Seen, find_seen
-from panfm.evaluation.ranking import compare_with_reference, rank
 from panfm.evaluation.results import Result, read_results
-from panfm.evaluation.task_pages import TaskPage, build_task_page
 from panfm.evaluation.tasks import TaskCard, load_task
-from panfm.evaluation.verify import TestSet, check_same_test_set, check_unique, read_test_set, recompute
 from panfm.executor import run_tasks
 from panfm.measures.by_family import compute_chance, compute_point, count_regime_groups, describe_metric
+from panfm.measures.draws import Floats
 from panfm.measures.statistics import (
     NUM_REPLICATES,
     compute_bootstrap_seed,
@@ -55,6 +57,19 @@ RANKED_VARIANTS = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Board:
+    """The board in values, a page a task, and what a ranking over any of the tasks is computed from.
+
+    replicates: section's slug -> float64 [E, T, R], rows and tasks in the section's order, each task's value under the
+    shared resamples of its patients (and draws), rescaled: 0 chance, 1 perfect; NaN where undefined or missing.
+    """
+
+    summary: LeaderboardSummary
+    pages: tuple[TaskPage, ...]
+    replicates: Mapping[str, Floats]
+
+
 @dataclass(frozen=True)
 class _Column:
     """One task on one test set: what each section measured on it, by encoder; and its page."""
@@ -65,12 +80,10 @@ class _Column:
     page: TaskPage
 
 
-def compute_standings(
-    roots: Sequence[Path], audit: Audit | None = None, *, processes: int = 1
-) -> tuple[LeaderboardSummary, tuple[TaskPage, ...]]:
+def compute_standings(roots: Sequence[Path], audit: Audit | None = None, *, processes: int = 1) -> Board:
     """Compute the board from the Result files below `roots`; with an audit, every cell says what was seen before.
 
-    Returns the board and a page a task. processes: tasks are worked through side by side.
+    processes: tasks are worked through side by side.
 
     Raises UserError for predictions that are missing or not those of their Result, for a metric that does not follow
     from them, for a Result that is there twice, for one name on two encoders, and for a task measured on two test sets.
@@ -89,15 +102,24 @@ def compute_standings(
         unit="tasks",
     )
     keys = {key for column in columns for key in column.measured}
-    sections = tuple(
-        _build_section(key, [column for column in columns if key in column.measured])
-        for key in sorted(keys, key=_order_sections)
-    )
+    printed = read_printed()
+    sections, replicates = [], {}
+    for key in sorted(keys, key=_order_sections):
+        those = [column for column in columns if key in column.measured]
+        section = _build_section(key, those)
+        section = replace(section, published=build_printed_rows(printed, section))
+        sections.append(section)
+        replicates[section.slug] = _stack_replicates(key, section, those)
     encoders = tuple(sorted({result.encoder.name for _, result in found}))
     summary = LeaderboardSummary(
-        sections, _list_development(found), encoders, len(found), None if audit is None else audit.hash
+        sections=tuple(sections),
+        development=_list_development(found),
+        encoders=encoders,
+        num_results=len(found),
+        published=list_printed(printed, [column.task for column in columns]),
+        audit=None if audit is None else audit.hash,
     )
-    return summary, tuple(column.page for column in columns)
+    return Board(summary, tuple(column.page for column in columns), replicates)
 
 
 def _measure_task(work: tuple[Sequence[Found], Audit | None]) -> _Column:
@@ -188,6 +210,9 @@ def _describe_task(test_set: TestSet) -> Task:
         which_groups=which,
         group_kind=result.group_kind,
         synthetic=result.synthetic,
+        modality=card.modality if card else None,
+        licence=card.licence if card else None,
+        access=card.access if card else None,
         claim=card.claim if card else True,
         claim_note=card.claim_note if card else None,
         chance=chance,
@@ -241,6 +266,16 @@ def _build_section(key: SectionKey, columns: Sequence[_Column]) -> Section:
         rows.append(Row(cards[name], cells[name], standings.get(name), reason, over_tasks.get(name)))
     rows.sort(key=_order_rows)
     return Section(synthetic, protocol, variant, label_fraction, tasks, tuple(rows), reference)
+
+
+def _stack_replicates(key: SectionKey, section: Section, columns: Sequence[_Column]) -> Floats:
+    stacked = np.full((len(section.rows), len(columns), NUM_REPLICATES), np.nan)
+    for row, encoder in enumerate(section.rows):
+        for place, column in enumerate(columns):
+            one = column.measured[key].get(encoder.encoder.name)
+            if one is not None and one.value is not None and column.task.chance != column.task.perfect:
+                stacked[row, place] = normalise(one.spread, column.task)
+    return stacked
 
 
 def _build_cells(

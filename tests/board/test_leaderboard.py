@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 from scipy.special import stdtrit
 
+from panfm.board.build import LeaderboardSummary, build_leaderboard, format_table
+from panfm.board.ranking import compute_borda
+from panfm.board.summary import Row, Section
 from panfm.errors import UserError
-from panfm.evaluation.board import Row, Section
 from panfm.evaluation.contamination_list import AUDIT_SCHEMA, AUDIT_VERSION
-from panfm.evaluation.leaderboard import LeaderboardSummary, build_leaderboard, format_table
-from panfm.evaluation.ranking import compute_borda
 from panfm.evaluation.results import (
     TrainedOn,
     get_scores,
@@ -30,7 +30,7 @@ from panfm.measures.by_family import compute_chance
 from panfm.measures.metrics import METRICS, compute_metric
 from panfm.measures.outcomes import Outcome
 from panfm.measures.statistics import compare_paired, compute_bootstrap_seed, estimate_metrics
-from tests.evaluation.fabricated import GOOD, MIDDLE, RANDOM, write_trial
+from tests.board.fabricated import GOOD, MIDDLE, RANDOM, write_trial
 
 
 def write_board(root: Path) -> Path:
@@ -142,7 +142,7 @@ def test_clearly_better_encoder_ranks_alone(tmp_path: Path) -> None:
     summary = build_leaderboard([tmp_path / "r"], tmp_path)
     assert [(row.encoder.name, row.standing.rank) for row in summary.sections[0].rows] == [("c", 1), ("b", 2), ("a", 3)]
     assert summary.sections[0].reference == "a"  # the first by name, as none has random weights
-    assert "c leads" in (tmp_path / "leaderboard.md").read_text()
+    assert "c leads" in (tmp_path / "LEADERBOARD.md").read_text()
 
 
 def test_lower_is_better_metrics_rank_the_lower_value_first(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_missing_task_leaves_an_encoder_unranked(own_results: Path, tmp_path: Pa
     row = section.rows[-1]
     assert (row.encoder.name, row.standing, row.reason) == ("newcomer", None, "missing: diagnoses")
     assert [cell.value is None for cell in row.cells] == [True, False]
-    page = (tmp_path / "leaderboard.html").read_text()
+    page = (tmp_path / "index.html").read_text()
     assert "no rank: missing: diagnoses" in page and "not evaluated" in page
     assert find_row(section, GOOD).standing.rank == 1
 
@@ -183,7 +183,7 @@ def test_same_results_give_the_same_bytes(
     build_leaderboard([moved], tmp_path / "two")
     names = sorted(str(path.relative_to(board[1])) for path in board[1].rglob("*.*"))
     pages = [f"tasks/{name}.html" for name in ("diagnoses", "drawn", "lesions")]
-    assert names == ["leaderboard.csv", "leaderboard.html", "leaderboard.json", "leaderboard.md", *pages]
+    assert names == ["LEADERBOARD.md", "index.html", "leaderboard.csv", "leaderboard.json", *pages]
     for name in names:
         assert (board[1] / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -204,7 +204,7 @@ def test_tables_hold_the_same_numbers(board: tuple[LeaderboardSummary, Path]) ->
         for place, task in enumerate(section.tasks):
             (line,) = [one for one in lines if (one["encoder"], one["task"]) == (row.encoder.name, task.name)]
             assert float(line["value"]) == plain_row["cells"][place]["value"] == round(row.cells[place].value, 6)
-            assert f"{row.cells[place].value:.3f}" in (board[1] / "leaderboard.md").read_text()
+            assert f"{row.cells[place].value:.3f}" in (board[1] / "LEADERBOARD.md").read_text()
 
 
 def test_page_is_whole_safe_and_offline(own_results: Path, tmp_path: Path) -> None:
@@ -212,14 +212,14 @@ def test_page_is_whole_safe_and_offline(own_results: Path, tmp_path: Path) -> No
     write_trial(own_results, name, "lesions", 1.0)
     write_trial(own_results, "=HYPERLINK(0)", "lesions", 1.0)
     build_leaderboard([own_results], tmp_path)
-    page = (tmp_path / "leaderboard.html").read_text()
+    page = (tmp_path / "index.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; | =1+1" in page
     assert "http://" not in page and "https://" not in page
     assert page.count("<script>") == 1 and page.startswith("<!doctype html>")
     assert page.count("<th>") == 0 and 'scope="col"' in page and 'scope="row"' in page
     assert "For research only" in page and "drawn by a program" in page
     assert "patients unknown" in page and "test patients kept out of pretraining" in page
-    markdown = (tmp_path / "leaderboard.md").read_text()
+    markdown = (tmp_path / "LEADERBOARD.md").read_text()
     assert "<script>" not in markdown and "&lt;script&gt;alert(1)&lt;/script&gt; \\| =1+1" in markdown
     assert "'=HYPERLINK(0)" in (tmp_path / "leaderboard.csv").read_text()
 
@@ -281,7 +281,7 @@ def test_an_audit_flags_cells_and_shows_them_without_what_was_seen(own_results: 
     assert other is not None and (other.num_seen, other.reason) == (None, "the audit is not of this task")
     stranger = find_row(section, MIDDLE).cells[place].audit
     assert stranger is not None and stranger.reason == "pretraining data unknown"
-    page, text = ((tmp_path / "board" / f"leaderboard.{kind}").read_text() for kind in ("html", "md"))
+    page, text = ((tmp_path / "board" / name).read_text() for name in ("index.html", "LEADERBOARD.md"))
     words = f"audit: 90 of 180 test images (50 %) in pretraining; without them {cell.audit.value:.3f}"
     assert words in page and words in text and summary.audit is not None and summary.audit[:12] in page
     lines = list(csv.DictReader((tmp_path / "board" / "leaderboard.csv").read_text().splitlines()))

@@ -33,6 +33,9 @@ class Task:
     which_groups: str  # "in the rarer class", "with the event", "in all"
     group_kind: str
     synthetic: bool
+    modality: str | None  # of its images; None = several, or a task of the user's own folder
+    licence: str | None  # of its images
+    access: str | None  # who can get its images: open, request, private
     claim: bool  # False: checks the pipeline, counts in no mean and no rank
     claim_note: str | None
     chance: float  # value of a predictor that knows what is common and nothing else: normalised 0
@@ -75,6 +78,11 @@ class Comparison:
         return self.p_adjusted is not None and self.p_adjusted < 0.05
 
 
+# Whose word a cell is. recomputed: from predictions that lie here; verified: those were submitted, and the owner of the
+# board got the same from the encoder; self_reported: the submitter's numbers, whose predictions stayed at home.
+Origin = Literal["recomputed", "verified", "self_reported"]
+
+
 @dataclass(frozen=True)
 class AuditedCell:
     """What an audit says of an encoder on a task, and the value without the test images that pretraining has seen."""
@@ -106,6 +114,7 @@ class Cell:
     difference: Comparison | None  # to the section's reference encoder, on the same patients
     predictions_sha256: tuple[str, ...]
     audit: AuditedCell | None = None  # None: the board was built without an audit
+    origin: Origin = "recomputed"
     label_note: str | None = None  # why other than the label fraction's share of groups was labelled
 
 
@@ -135,6 +144,50 @@ class Row:
 
 
 @dataclass(frozen=True)
+class PublishedCell:
+    """A printed number, as it stands in its source."""
+
+    value: float
+    low: float | None
+    high: float | None
+    split: str  # on which images, in words: seldom ours
+    where: str
+    note: str | None
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """A model, or readers, of a publication: shown beside measured rows, never ranked with them."""
+
+    model: str
+    readers: bool  # people, not a model
+    citation: str
+    doi: str
+    cells: tuple[PublishedCell | None, ...]  # in the order of the section's tasks
+
+
+@dataclass(frozen=True)
+class PublishedLine:
+    """Any printed number about a task of the board, also where no section measures the same."""
+
+    task: str
+    model: str
+    readers: bool
+    metric: str
+    value: float | None  # None: a gain is printed instead
+    low: float | None
+    high: float | None
+    gain: str | None  # as printed, with whom it is over
+    protocol: str
+    label_fraction: float
+    split: str
+    where: str
+    note: str | None
+    citation: str
+    doi: str
+
+
+@dataclass(frozen=True)
 class Section:
     """One ranked table."""
 
@@ -145,6 +198,12 @@ class Section:
     tasks: tuple[Task, ...]
     rows: tuple[Row, ...]
     reference: str | None  # name of the encoder that the others are compared with
+    published: tuple[PublishedRow, ...] = ()
+
+    @property
+    def is_compat(self) -> bool:
+        """Whether its protocol repeats a publication's, to compare with that alone."""
+        return self.protocol.endswith("_compat")
 
     @property
     def slug(self) -> str:
@@ -175,6 +234,7 @@ class LeaderboardSummary:
     development: tuple[DevelopmentRow, ...]
     encoders: tuple[str, ...]  # all names, sorted: an encoder keeps its colour on the whole page
     num_results: int
+    published: tuple[PublishedLine, ...] = ()
     audit: str | None = None  # SHA-256 of the audit.json that the cells were held against
 
 

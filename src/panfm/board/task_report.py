@@ -3,12 +3,12 @@
 Made like the board's own page (`report`): escaped, offline, the same bytes for the same numbers.
 """
 
-from panfm.evaluation.board import LeaderboardSummary, Section, Task
-from panfm.evaluation.charts import get_series
-from panfm.evaluation.report import build_environment
-from panfm.evaluation.task_charts import CURVE_HEIGHT, RELIABILITY_HEIGHT, draw_curves, draw_follow_up, draw_reliability
-from panfm.evaluation.task_pages import EVEN, EncoderDetails, TaskPage
-from panfm.evaluation.words import (
+from panfm.board.charts import get_series
+from panfm.board.render import build_environment
+from panfm.board.summary import LeaderboardSummary, Section, Task
+from panfm.board.task_charts import CURVE_HEIGHT, RELIABILITY_HEIGHT, draw_curves, draw_follow_up, draw_reliability
+from panfm.board.task_pages import EVEN, EncoderDetails, TaskPage
+from panfm.board.words import (
     PROTOCOLS,
     RESEARCH_ONLY,
     describe_fraction,

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from panfm.board.summary import Task, choose_reference
+from panfm.board.verify import SAME_VALUE, TestSet
 from panfm.errors import UserError
-from panfm.evaluation.board import Task, choose_reference
 from panfm.evaluation.operating import read_thresholds
 from panfm.evaluation.results import MetricValue
 from panfm.evaluation.subgroup_columns import OTHER
-from panfm.evaluation.verify import SAME_VALUE, TestSet
 from panfm.measures.by_family import compute_point, describe_metric
 from panfm.measures.calibration import Calibration, ReliabilityBin, build_reliability_table, estimate_calibration
 from panfm.measures.comparisons import McNemar, adjust_holm, compare_mcnemar
