@@ -33,6 +33,7 @@ def write_trial(
     fraction: float = 1.0,
     draw: int = 0,
     protocol: str = "linear_probe",
+    variant: str = "default",
     evaluated_on: str = "test",
     metric: str = "auroc",
     synthetic: bool = False,
@@ -52,7 +53,7 @@ def write_trial(
     labels = np.repeat(group_label, 3)
     groups = [f"p{number:03d}" for number in range(num_groups) for _ in range(3)]
     hard = of_task.normal(size=(num_groups * 3, classes))  # what makes an image hard is the same for all encoders
-    own = np.random.default_rng([sum(map(ord, encoder + task + protocol)), draw, int(fraction * 100)])
+    own = np.random.default_rng([sum(map(ord, encoder + task + protocol )), draw, int(fraction * 100)])
     logits = strength * np.eye(classes)[labels] + hard + 0.4 * own.normal(size=hard.shape)
     scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     predictions = pa.table(
@@ -74,6 +75,7 @@ def write_trial(
         task=task,
         task_version=1,
         protocol=protocol,
+        variant=variant,
         label_fraction=fraction,
         draw=draw,
         seed=0,

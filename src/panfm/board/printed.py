@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from panfm.board.summary import PublishedCell, PublishedLine, PublishedRow, Section, Task
 from panfm.evaluation.published import PublishedNumber, collect_published, list_published, load_published
 
-Printed = Mapping[str, tuple[PublishedNumber, ...]]  # by task
+Printed = Mapping[str | None, tuple[PublishedNumber, ...]]  # by task; None: of no task here
 
 
 def read_printed() -> Printed:
@@ -21,10 +21,11 @@ def read_printed() -> Printed:
 
 
 def list_printed(printed: Printed, tasks: Iterable[Task]) -> tuple[PublishedLine, ...]:
-    """Every printed number about one of the tasks, by task, publication and model."""
+    """Every printed number about one of the tasks, by task and publication; then those of reader studies elsewhere."""
     return tuple(
         PublishedLine(
             task=name,
+            about=number.table.about,
             model=number.entry.model,
             readers=number.entry.readers,
             metric=number.entry.metric,
@@ -40,7 +41,7 @@ def list_printed(printed: Printed, tasks: Iterable[Task]) -> tuple[PublishedLine
             citation=number.publication.citation,
             doi=number.publication.doi,
         )
-        for name in sorted({task.name for task in tasks})
+        for name in (*sorted({task.name for task in tasks}), None)
         for number in printed.get(name, ())
     )
 

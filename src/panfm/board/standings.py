@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from panfm.board.cells import Measured, adjust_column, build_cell, compare, measure
+from panfm.board.fairness import FairnessRow, SiteRow, list_fairness, list_left_out, read_told
 from panfm.board.printed import build_printed_rows, list_printed, read_printed
-from panfm.board.ranking import compare_with_reference, normalise, rank
+from panfm.board.ranking import compare_with_reference, list_counted, normalise, rank
 from panfm.board.summary import (
     AuditedCell,
     Cell,
@@ -68,6 +69,8 @@ class Board:
     summary: LeaderboardSummary
     pages: tuple[TaskPage, ...]
     replicates: Mapping[str, Floats]
+    fairness: tuple[FairnessRow, ...]
+    sites: tuple[SiteRow, ...]
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,12 @@ class _Column:
     page: TaskPage
 
 
-def compute_standings(roots: Sequence[Path], audit: Audit | None = None, *, processes: int = 1) -> Board:
+def compute_standings(
+    roots: Sequence[Path], audit: Audit | None = None, *, task_audits: Sequence[Path] = (), processes: int = 1
+) -> Board:
     """Compute the board from the Result files below `roots`; with an audit, every cell says what was seen before.
 
-    processes: tasks are worked through side by side.
+    task_audits: folders that `panfm evaluate audit` wrote. processes: tasks are worked through side by side.
 
     Raises UserError for predictions that are missing or not those of their Result, for a metric that does not follow
     from them, for a Result that is there twice, for one name on two encoders, and for a task measured on two test sets.
@@ -119,7 +124,9 @@ def compute_standings(roots: Sequence[Path], audit: Audit | None = None, *, proc
         published=list_printed(printed, [column.task for column in columns]),
         audit=None if audit is None else audit.hash,
     )
-    return Board(summary, tuple(column.page for column in columns), replicates)
+    pages = tuple(column.page for column in columns)
+    sites = (*list_left_out(summary, replicates), *read_told(task_audits, summary))
+    return Board(summary, pages, replicates, list_fairness(pages), sites)
 
 
 def _measure_task(work: tuple[Sequence[Found], Audit | None]) -> _Column:
@@ -236,15 +243,7 @@ def _build_section(key: SectionKey, columns: Sequence[_Column]) -> Section:
     cards = {name: one.encoder for (name, _), one in sorted(measured.items())}
     reference = choose_reference(cards)
     cells = _build_cells(key, names, reference, columns, measured)
-    # A metric that this test set leaves undefined is so for every encoder, and one that a guess has at its best tells
-    # nothing: the task then counts for none.
-    counted = [
-        place
-        for place, task in enumerate(tasks)
-        if (task.claim or synthetic)
-        and task.chance != task.perfect
-        and any(row[place].value is not None for row in cells.values())
-    ]
+    counted = list_counted(tasks, list(cells.values()), synthetic)
     complete = [name for name in names if all(cells[name][place].value is not None for place in counted)]
     those = [tasks[place] for place in counted]
     standings = rank(complete, measured, those) if counted and len(complete) > 1 else {}

@@ -168,9 +168,10 @@ class PublishedRow:
 
 @dataclass(frozen=True)
 class PublishedLine:
-    """Any printed number about a task of the board, also where no section measures the same."""
+    """Any printed number about a task of the board, also where no section measures the same; or of a reader study."""
 
-    task: str
+    task: str | None  # None: of no task here, `about` says of what
+    about: str | None
     model: str
     readers: bool
     metric: str

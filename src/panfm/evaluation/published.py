@@ -54,13 +54,20 @@ class NumberTable(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    task: str  # name of a task card
+    task: str | None  # name of a task card; null = of no task here: people read other images, as reader studies do
+    about: str | None = None  # what was asked, where there is no card that says it
     protocol: Literal["linear_probe", "finetune", "other"]
     label_fraction: float = Field(default=1.0, gt=0, le=1)
     split: str  # on which images, in words
     where: str  # table, figure, section, or file of the code
     note: str | None = None
     numbers: tuple[NumberEntry, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "NumberTable":
+        if (self.task is None) != (self.about is not None):
+            raise ValueError("a table of no task here (task: null) says in `about` what was asked, and no other does")
+        return self
 
 
 class Publication(BaseModel):
@@ -79,7 +86,15 @@ class Publication(BaseModel):
     @model_validator(mode="after")
     def _check_unique(self) -> "Publication":
         identities = Counter(
-            (table.task, table.protocol, table.label_fraction, table.split, entry.model, entry.metric, entry.over)
+            (
+                table.task or table.about,
+                table.protocol,
+                table.label_fraction,
+                table.split,
+                entry.model,
+                entry.metric,
+                entry.over,
+            )
             for table in self.tables
             for entry in table.numbers
         )
@@ -129,9 +144,9 @@ def find_published(task: str, names: tuple[str, ...] | None = None) -> tuple[Pub
     return collect_published(publications).get(task, ())
 
 
-def collect_published(publications: Iterable[Publication]) -> dict[str, tuple[PublishedNumber, ...]]:
-    """All numbers of the publications, by task."""
-    found: dict[str, list[PublishedNumber]] = defaultdict(list)
+def collect_published(publications: Iterable[Publication]) -> dict[str | None, tuple[PublishedNumber, ...]]:
+    """All numbers of the publications, by task; None for those of no task here."""
+    found: dict[str | None, list[PublishedNumber]] = defaultdict(list)
     for publication in publications:
         for table in publication.tables:
             found[table.task] += [PublishedNumber(publication, table, entry) for entry in table.numbers]
