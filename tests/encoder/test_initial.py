@@ -10,7 +10,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from panfm.encoder.initial import read_checkpoint, read_initial, start_from
+from panfm.encoder.initial import read_initial, start_from
+from panfm.encoder.weights import read_checkpoint
 from panfm.errors import UserError
 from panfm.models.vit import EncoderConfig, build_vit
 

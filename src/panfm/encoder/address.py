@@ -15,11 +15,12 @@ from typing import Literal, cast, get_args
 from panfm.encoder.facts import Pooling
 from panfm.errors import UserError
 
-Scheme = Literal["panfm", "timm", "hf"]
+Scheme = Literal["panfm", "timm", "hf", "panderm", "open_clip", "python"]
 Dtype = Literal["fp32", "bf16"]
 SUPPORTED = (
     "supported: panfm:DIR (an export), panfm:DIR@random:SEED (its architecture, untrained), timm:NAME (local cache), "
-    "timm:NAME@FILE.safetensors, timm:NAME@random:SEED, hf:DIR (config.json + model.safetensors); "
+    "timm:NAME@FILE.safetensors, timm:NAME@random:SEED, hf:DIR (config.json + model.safetensors), panderm:FILE, "
+    "open_clip:NAME@FILE, python:MODULE:FUNCTION (your own code, if PANFM_ALLOW_PYTHON=1); "
     "options ?image_size=PIXELS&pooling=cls|mean|cls_mean|map&dtype=fp32|bf16"
 )
 OPTIONS = ("image_size", "pooling", "dtype")
@@ -32,8 +33,8 @@ class Address:
 
     text: str  # as the user wrote it
     scheme: Scheme
-    target: str  # timm model name (with its tag, if given), or a folder
-    weights: Path | None  # timm:NAME@FILE
+    target: str  # a model's name (timm's with its tag, if given), a folder, a file, or MODULE:FUNCTION
+    weights: Path | None  # timm:NAME@FILE, open_clip:NAME@FILE
     seed: int | None  # ...@random:SEED
     image_size: int | None  # pixels
     pooling: Pooling | None
@@ -42,7 +43,10 @@ class Address:
     @property
     def name(self) -> str:
         """The encoder's name on a board: short, without folders, and different wherever the encoder differs."""
-        name = self.target if self.scheme == "timm" else Path(self.target).resolve().name
+        if self.scheme in ("timm", "open_clip", "python"):
+            name = self.target
+        else:  # a folder, or a file without its ending
+            name = Path(self.target).resolve().name if self.scheme != "panderm" else Path(self.target).stem
         if self.seed is not None:
             name += f"@random:{self.seed}"
         elif self.weights is not None:
@@ -57,7 +61,7 @@ def parse_address(text: str) -> Address:
     if not colon or scheme not in get_args(Scheme):
         raise UserError(f"encoder address {text!r}: {scheme + ':' if colon else 'no scheme'} is not known; {SUPPORTED}")
     body, _, options_text = rest.partition("?")
-    target, at, weights_text = body.partition("@") if scheme == "timm" else _split_seed(body)
+    target, at, weights_text = body.partition("@") if scheme in ("timm", "open_clip") else _split_seed(body)
     if not target:
         raise UserError(f"encoder address {text!r}: nothing stands behind {scheme}:; {SUPPORTED}")
     if at and not weights_text:
@@ -65,9 +69,9 @@ def parse_address(text: str) -> Address:
     if weights_text.startswith("random:") and not _RANDOM.fullmatch(weights_text):
         raise UserError(f"encoder address {text!r}: {weights_text} has no seed; write @random:0 (a number from 0 on)")
     random = _RANDOM.fullmatch(weights_text)
-    if scheme == "hf" and random:
+    if scheme not in ("timm", "panfm") and random:
         raise UserError(
-            f"encoder address {text!r}: hf:DIR is read with its weights; for random ones use timm:NAME@random:0"
+            f"encoder address {text!r}: {scheme}: is read with its weights; for random ones use timm:NAME@random:0"
         )
     options = _parse_options(text, options_text)
     return Address(

@@ -23,7 +23,8 @@ from panfm.encoder.address import Dtype, parse_address
 from panfm.encoder.embedding import iterate_features
 from panfm.encoder.facts import EncoderFacts, Pooling
 from panfm.encoder.network import EncoderNetwork
-from panfm.encoder.schemes import BUILDERS, Contamination
+from panfm.encoder.parts import Contamination
+from panfm.encoder.schemes import BUILDERS
 from panfm.encoder.weights import compute_weights_hash
 from panfm.errors import UserError
 from panfm.files import compute_json_hash

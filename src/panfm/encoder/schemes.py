@@ -7,10 +7,9 @@ A new scheme is one function here (or a file beside this one) and one entry in B
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import timm
 import torch
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 
 from panfm.data.transforms import EvalTransform
 from panfm.encoder.address import Address, Scheme
-from panfm.encoder.facts import EncoderFacts, Interpolation, Pooling, read_facts
+from panfm.encoder.facts import Interpolation, read_facts
+from panfm.encoder.parts import NONE, UNKNOWN, Contamination, EncoderParts, check_tiling, set_image_size
+from panfm.encoder.schemes_published import build_open_clip, build_panderm, build_python
 from panfm.encoder.weights import load_strictly, read_weights
 from panfm.errors import UserError
 from panfm.files import compute_file_sha256, read_json
 
-Contamination = Literal["excluded", "none", "unknown"]
 # What timm's tags say. ImageNet was collected before any image of our tasks was published; web collections were not.
 TRAINING_DATA = {
     "in1k": "ImageNet-1k",
@@ -37,22 +37,7 @@ TRAINING_DATA = {
     "augreg_in21k": "ImageNet-21k",
     "augreg_in21k_ft_in1k": "ImageNet-21k, then ImageNet-1k",
 }
-_NONE: Contamination = "none"
-_UNKNOWN: Contamination = "unknown"
 _TIMM_LAYOUT = "an encoder folder holds config.json (architecture, model_args, pretrained_cfg) and model.safetensors"
-
-
-@dataclass(frozen=True)
-class EncoderParts:
-    """What every scheme ends in, before pooling, freezing and hashing."""
-
-    model: nn.Module  # at its final image size
-    transform: EvalTransform
-    config: dict[str, Any]  # of the architecture, for the hash
-    pooling: Pooling | None  # None: as published
-    training_data: str | None
-    contamination: Contamination
-    facts: EncoderFacts | None = None
 
 
 def _build_timm(address: Address) -> EncoderParts:
@@ -66,7 +51,7 @@ def _build_timm(address: Address) -> EncoderParts:
     if address.seed is not None:
         model = _create(address, address.target, address.image_size, seed=address.seed)
         training_data: str | None = "none: random weights"
-        contamination = _NONE
+        contamination = NONE
     else:
         native = _create(address, address.target, None)
         published = _get_published(native)
@@ -74,7 +59,7 @@ def _build_timm(address: Address) -> EncoderParts:
         if address.weights is None:
             tag = published["tag"]
         training_data = TRAINING_DATA.get(tag) or (f"timm tag {tag}" if tag else None)
-        contamination = _NONE if tag in TRAINING_DATA else _UNKNOWN
+        contamination = NONE if tag in TRAINING_DATA else UNKNOWN
     config = {"timm_name": name, "timm_kwargs": {}}
     return EncoderParts(model, _read_transform(address, model), config, None, training_data, contamination)
 
@@ -90,7 +75,7 @@ def _build_hf(address: Address) -> EncoderParts:
     weights = read_weights(_find_weights(folder))
     model = _fit(address, _create(address, f"local-dir:{folder}", None), weights)
     kept = {"timm_name": config["architecture"], "timm_kwargs": config.get("model_args", {})}
-    return EncoderParts(model, _read_transform(address, model), kept, None, None, _UNKNOWN)
+    return EncoderParts(model, _read_transform(address, model), kept, None, None, UNKNOWN)
 
 
 def _build_panfm(address: Address) -> EncoderParts:
@@ -111,7 +96,7 @@ def _build_panfm(address: Address) -> EncoderParts:
     config = {"timm_name": facts.timm_name, "timm_kwargs": kwargs}
     if address.seed is not None:
         model = _create(address, facts.timm_name, address.image_size, seed=address.seed, **kwargs)
-        return EncoderParts(model, transform, config, facts.pooling, "none: random weights", _NONE)
+        return EncoderParts(model, transform, config, facts.pooling, "none: random weights", NONE)
     path = _find_weights(folder)
     if facts.weights_sha256 is not None and compute_file_sha256(path) != facts.weights_sha256:
         raise UserError(
@@ -119,9 +104,9 @@ def _build_panfm(address: Address) -> EncoderParts:
         )
     model = _create(address, facts.timm_name, None, **kwargs)
     load_strictly(model, read_weights(path), str(path))
-    _set_image_size(address, model)
+    set_image_size(address, model)
     sources = [f"{source.source} ({source.licence}): {source.num_kept:,} images" for source in facts.sources]
-    contamination: Contamination = "excluded" if facts.excluded_tasks else _UNKNOWN
+    contamination: Contamination = "excluded" if facts.excluded_tasks else UNKNOWN
     return EncoderParts(model, transform, config, facts.pooling, "; ".join(sources) or None, contamination, facts)
 
 
@@ -132,7 +117,7 @@ def _create(address: Address, name: str, image_size: int | None, seed: int = 0, 
         try:
             model = timm.create_model(name, **{"num_classes": 0, **kwargs})
             if image_size is not None and hasattr(model, "set_input_size"):
-                _check_tiling(address, model)
+                check_tiling(address, model)
                 torch.default_generator.manual_seed(seed)
                 model = timm.create_model(name, **{"num_classes": 0, **kwargs, "img_size": image_size})
         except UserError:
@@ -148,34 +133,12 @@ def _fit(address: Address, model: nn.Module, weights: dict[str, Tensor]) -> nn.M
     ignore = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     theirs, ours = weights.get("pos_embed"), model.state_dict().get("pos_embed")
     if theirs is not None and ours is not None and theirs.shape != ours.shape:
-        _set_image_size(address, model)
+        set_image_size(address, model)
     if getattr(model, "AuxLogits", ...) is None:  # Inception's second classifier, which timm leaves out as we do
         ignore = (*ignore, "AuxLogits")
     load_strictly(model, weights, str(address.weights or address.text), ignore)
-    _set_image_size(address, model)
+    set_image_size(address, model)
     return model
-
-
-def _set_image_size(address: Address, model: nn.Module) -> None:
-    """Resample the position embedding to the image size of the address; models without one take any size."""
-    if address.image_size is None or not hasattr(model, "set_input_size"):
-        return
-    _check_tiling(address, model)
-    try:
-        model.set_input_size((address.image_size, address.image_size))  # type: ignore[operator]
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"{address.text}: image_size ({address.image_size}) does not fit: {error}") from None
-
-
-def _check_tiling(address: Address, model: nn.Module) -> None:
-    """Refuse a size that patches do not tile: timm would leave out a strip of the image without a word."""
-    patch = int(getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0])
-    if address.image_size is not None and address.image_size % patch:
-        near = address.image_size // patch * patch
-        raise UserError(
-            f"{address.text}: image_size ({address.image_size}) must be divisible by the patch size ({patch}); "
-            f"try {near or patch} or {near + patch}"
-        )
 
 
 def _get_published(model: nn.Module) -> dict[str, Any]:
@@ -244,4 +207,7 @@ BUILDERS: Mapping[Scheme, Callable[[Address], EncoderParts]] = {
     "panfm": _build_panfm,
     "timm": _build_timm,
     "hf": _build_hf,
+    "panderm": build_panderm,
+    "open_clip": build_open_clip,
+    "python": build_python,
 }
