@@ -1,4 +1,5 @@
 import json
+import pickle
 import socket
 import subprocess
 import sys
@@ -242,6 +243,28 @@ def test_weights_that_do_not_fit_are_an_error_with_the_list(tmp_path: Path) -> N
     assert "1 missing (norm.bias); 1 unexpected (surplus); 1 reshaped (norm.weight [7] for [64])" in message
 
 
+def test_a_checkpoint_under_its_publishers_names_is_read(tmp_path: Path) -> None:
+    """As MAE writes it: a pickle of tensors, the decoder beside the encoder; and behind a prefix, with registers."""
+    theirs = save_timm(tmp_path / "w.safetensors", "test_vit", num_classes=0)
+    plain = load_encoder(f"timm:test_vit@{tmp_path / 'w.safetensors'}")
+    extra = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 64)}
+    torch.save({"model": {**theirs.state_dict(), **extra}}, tmp_path / "mae.pth")
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "prefixed.pth")
+    for name in ("mae.pth", "prefixed.pth"):
+        assert load_encoder(f"timm:test_vit@{tmp_path / name}").hash == plain.hash
+    torch.save({"model": {**theirs.state_dict(), **extra, "surplus": torch.zeros(1)}}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"surplus is unknown to the encoder; name the architecture and the image size"):
+        load_encoder(f"timm:test_vit@{tmp_path / 'odd.pth'}")
+    small = timm.create_model("test_vit", num_classes=0, img_size=96).state_dict()
+    torch.save({"model": {**small, **extra}}, tmp_path / "small.pth")
+    with pytest.raises(UserError, match=r"does not fit as it is: pos_embed"):
+        load_encoder(f"timm:test_vit@{tmp_path / 'small.pth'}")
+    assert load_encoder(f"timm:test_vit@{tmp_path / 'small.pth'}?image_size=96").image_size == 96
+    (tmp_path / "trap.pth").write_bytes(pickle.dumps(Path.cwd))
+    with pytest.raises(UserError, match="holds more than tensors, and reading that could execute code"):
+        load_encoder(f"timm:test_vit@{tmp_path / 'trap.pth'}")
+
+
 def test_a_vit_file_of_another_size_loads_at_that_size_only(tmp_path: Path) -> None:
     theirs = save_timm(tmp_path / "w.safetensors", "test_vit", num_classes=0, img_size=96)
     with pytest.raises(UserError, match=r"1 reshaped \(pos_embed \[1, 37, 64\] for \[1, 101, 64\]\)"):
@@ -261,7 +284,7 @@ def test_what_cannot_be_read_is_refused_with_the_way_out(tmp_path: Path) -> None
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/config.json").write_text(json.dumps({"architectures": ["ViTModel"]}))
     wrong = {
-        f"timm:test_vit@{tmp_path / 'w.pt'}": "pickle, which may execute code.*convert it",
+        f"timm:test_vit@{tmp_path / 'w.pt'}": r"78 missing .*1 unexpected \(x\); name the architecture",
         f"timm:test_vit@{tmp_path / 'torn.safetensors'}": "damaged or not a safetensors file",
         f"timm:test_vit@{tmp_path / 'absent.safetensors'}": "no such weights file",
         f"timm:test_vit@{tmp_path / 'w.npz'}": "read from .safetensors files only",

@@ -21,9 +21,11 @@ from panfm.encoder.address import Address, Scheme
 from panfm.encoder.facts import Interpolation, read_facts
 from panfm.encoder.parts import NONE, UNKNOWN, Contamination, EncoderParts, check_tiling, set_image_size
 from panfm.encoder.schemes_published import build_open_clip, build_panderm, build_python
-from panfm.encoder.weights import load_strictly, read_weights
+from panfm.encoder.weights import load_strictly, read_checkpoint, read_weights
 from panfm.errors import UserError
 from panfm.files import compute_file_sha256, read_json
+from panfm.models.vit import Vit
+from panfm.models.weights import fit_weights, has_published_names
 
 # What timm's tags say. ImageNet was collected before any image of our tasks was published; web collections were not.
 TRAINING_DATA = {
@@ -37,6 +39,7 @@ TRAINING_DATA = {
     "augreg_in21k": "ImageNet-21k",
     "augreg_in21k_ft_in1k": "ImageNet-21k, then ImageNet-1k",
 }
+_WAY_OUT = "name the architecture and the image size that the file was made with"
 _TIMM_LAYOUT = "an encoder folder holds config.json (architecture, model_args, pretrained_cfg) and model.safetensors"
 
 
@@ -55,7 +58,8 @@ def _build_timm(address: Address) -> EncoderParts:
     else:
         native = _create(address, address.target, None)
         published = _get_published(native)
-        model = _fit(address, native, read_weights(address.weights or _find_cached(address, published)))
+        found = read_weights(_find_cached(address, published)) if address.weights is None else None
+        model = _fit(address, native, found or read_checkpoint(cast(Path, address.weights)))
         if address.weights is None:
             tag = published["tag"]
         training_data = TRAINING_DATA.get(tag) or (f"timm tag {tag}" if tag else None)
@@ -136,9 +140,26 @@ def _fit(address: Address, model: nn.Module, weights: dict[str, Tensor]) -> nn.M
         set_image_size(address, model)
     if getattr(model, "AuxLogits", ...) is None:  # Inception's second classifier, which timm leaves out as we do
         ignore = (*ignore, "AuxLogits")
-    load_strictly(model, weights, str(address.weights or address.text), ignore)
+    where = str(address.weights or address.text)
+    if isinstance(model, get_args(Vit)) and has_published_names(weights):
+        _fit_published(cast(Vit, model), weights, where)
+    else:
+        load_strictly(model, weights, where, ignore)
     set_image_size(address, model)
     return model
+
+
+def _fit_published(model: Vit, weights: dict[str, Tensor], where: str) -> None:
+    """Load a checkpoint under its publisher's names (MAE, DINOv2, DINOv3, BEiT, ...): every key accounted for.
+
+    Nothing is resized: that would make a wrong architecture fit.
+    """
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = fit_weights(model, weights, where, way_out=_WAY_OUT)
+    resized = [f"{entry.name} ({entry.detail})" for entry in report.entries if entry.how == "resized"]
+    if resized:
+        model.load_state_dict(kept)
+        raise UserError(f"{where}: does not fit as it is: {', '.join(resized)}; {_WAY_OUT}")
 
 
 def _get_published(model: nn.Module) -> dict[str, Any]:

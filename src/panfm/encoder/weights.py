@@ -1,9 +1,8 @@
 """Weights files: read without executing anything, fitted to a model without forgiving anything, hashed.
 
 In: a safetensors file, or a checkpoint of torch that is read as tensors only. Out: the tensors, in a model whose every
-parameter came from the file. A file that is missing a
-weight, holds one too many, or one of another shape, is an error with the list: a half-loaded encoder measures like a
-bad encoder, and nobody would notice.
+parameter came from the file. A file that is missing a weight, holds one too many, or one of another shape, is an error
+with the list: a half-loaded encoder measures like a bad encoder, and nobody would notice.
 """
 
 import hashlib

@@ -28,6 +28,10 @@ from panfm.models.vit import Vit, get_patch_grid
 How = Literal["copied", "renamed", "resized", "converted", "random", "ignored"]
 ANCHOR = "patch_embed.proj.weight"  # every ViT has it, under every publisher's name: what stands before it is a prefix
 FEW = 4  # faults that an error names
+WAY_OUT = (
+    "the weights must be those of encoder.name, patch_size, num_registers and layer_scale; what may stay random is "
+    "named in encoder.init_random"
+)
 
 # Other publishers' names for weights that are the same; the first that the encoder has is taken.
 RENAMES = (
@@ -51,6 +55,8 @@ IGNORED = (
     (r"attn\.qkv\.bias_mask$", "applied to attn.qkv.bias"),
     (r"attn\.relative_position_index$", "a table of indices"),
 )
+# Of these, what timm's own files have, too.
+_ALSO_OF_TIMM = frozenset({RENAMES[0][0], RENAMES[1][0], r"^fc_norm\.", IGNORED[2][0]})
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,14 @@ def fit_weights(
     *,
     random: Collection[str] = (),
     grid: tuple[int, int] | None = None,
+    way_out: str = WAY_OUT,
 ) -> InitReport:
     """Copy a published state_dict into the encoder; its position embedding and patches are resized to the encoder's.
 
     source: what to call it in errors and in the report.
     random: weights that it may lack and that stay as they are, by name or by a part of it ("reg_token", "ls1").
     grid: rows and columns of its position embedding; None: square.
+    way_out: what an error tells the user to do.
     Raises UserError, and leaves the encoder alone, where a weight is missing, unknown, of another shape, not finite.
     """
     own = vit.state_dict()
@@ -140,13 +148,18 @@ def fit_weights(
     faults += [f"{name} is not finite" for name, tensor in fitted.items() if not bool(torch.isfinite(tensor).all())]
     if faults:
         more = f" (and {len(faults) - FEW} more)" if len(faults) > FEW else ""
-        raise UserError(
-            f"{source}: {'; '.join(faults[:FEW])}{more}; the weights must be those of encoder.name, patch_size, "
-            "num_registers and layer_scale; what may stay random is named in encoder.init_random"
-        )
+        raise UserError(f"{source}: {'; '.join(faults[:FEW])}{more}; {way_out}")
     vit.load_state_dict(fitted)
     order = [*own, *(name for name in fit.entries if name not in own)]
     return InitReport(source, tuple(fit.entries[name] for name in order))
+
+
+def has_published_names(weights: Mapping[str, Tensor]) -> bool:
+    """Whether a state_dict is under another publisher's names than timm's, or holds what only pretraining had."""
+    if not any(name.endswith(ANCHOR) for name in weights):
+        return False
+    patterns = [pattern for pattern, _ in (*RENAMES, *IGNORED) if pattern not in _ALSO_OF_TIMM]
+    return ANCHOR not in weights or any(re.search(pattern, name) for pattern in patterns for name in weights)
 
 
 class _Fit:
