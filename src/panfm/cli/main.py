@@ -19,6 +19,7 @@ from panfm.cli import (
     demo,
     doctor,
     embed,
+    encoders,
     evaluate,
     export,
     leaderboard,
@@ -68,6 +69,7 @@ app.command("pretrain")(pretrain.run)
 app.command("runs")(runs.run)
 app.command("export")(export.run)
 app.command("embed")(embed.run)
+app.command("encoders")(encoders.run)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(leaderboard.app, name="leaderboard")

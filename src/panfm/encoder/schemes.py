@@ -190,20 +190,26 @@ def _read_transform(address: Address, model: nn.Module) -> EvalTransform:
 
 def _find_cached(address: Address, config: dict[str, Any]) -> Path:
     """Find a published model's safetensors in the local Hugging Face cache; nothing is downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
     repository = config.get("hf_hub_id")
     if not repository:
         raise UserError(f"{address.text}: timm knows no published weights for it; give a file: {address.target}@FILE")
-    found = try_to_load_from_cache(repository, "model.safetensors")
-    if not isinstance(found, str):
+    found = find_in_cache(repository)
+    if found is None:
         cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise UserError(
             f"{address.text}: its weights are not in the local cache ({cache}), and panfm downloads nothing; run "
             f"`hf download {repository} model.safetensors` where there is a network, or give a file: "
             f"timm:{address.target}@FILE"
         )
-    return Path(found)
+    return found
+
+
+def find_in_cache(repository: str) -> Path | None:
+    """The safetensors of a published model in the local Hugging Face cache; None where it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "model.safetensors")
+    return Path(found) if isinstance(found, str) else None
 
 
 def _find_folder(address: Address) -> Path:

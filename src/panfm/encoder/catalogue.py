@@ -1,0 +1,98 @@
+"""Which encoders can be loaded, and what must be fetched first: `panfm encoders`.
+
+    NAMED (addresses that people ask for) + timm's own records of licence, size and place -> Offer
+    a local Hugging Face cache, the user's files --looked at, nothing is downloaded--> ready, or how to fetch it
+
+Licences are as the publisher's records here state them; what binds is the publisher's text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+
+from panfm.encoder.schemes import TRAINING_DATA, find_in_cache
+
+BYTES = 4  # a weight in fp32
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An encoder that panfm reads.
+
+    num_parameters: None where only the file tells. ready: its weights are in the local cache. fetch: the way there.
+    """
+
+    title: str
+    address: str
+    licence: str
+    num_parameters: int | None
+    training_data: str
+    ready: bool
+    fetch: str
+
+
+# title, timm's name with its tag
+TIMM_NAMES = (
+    ("ResNet-50", "resnet50.a1_in1k"),
+    ("EfficientNet-Lite0", "tf_efficientnet_lite0.in1k"),
+    ("Inception v3 (Esteva et al. 2017)", "inception_v3.tv_in1k"),
+    ("ViT-B/16, supervised", "vit_base_patch16_224.augreg_in21k"),
+    ("MAE ViT-B/16", "vit_base_patch16_224.mae"),
+    ("MAE ViT-L/16", "vit_large_patch16_224.mae"),
+    ("DINOv2 ViT-S/14, registers", "vit_small_patch14_reg4_dinov2.lvd142m"),
+    ("DINOv2 ViT-B/14, registers", "vit_base_patch14_reg4_dinov2.lvd142m"),
+    ("DINOv2 ViT-L/14, registers", "vit_large_patch14_reg4_dinov2.lvd142m"),
+    ("DINOv3 ViT-S/16", "vit_small_patch16_dinov3.lvd1689m"),
+    ("DINOv3 ViT-B/16", "vit_base_patch16_dinov3.lvd1689m"),
+    ("DINOv3 ViT-L/16", "vit_large_patch16_dinov3.lvd1689m"),
+    ("CLIP ViT-B/16", "vit_base_patch16_clip_quickgelu_224.openai"),
+    ("CLIP ViT-L/14", "vit_large_patch14_clip_quickgelu_224.openai"),
+    ("SigLIP ViT-B/16", "vit_base_patch16_siglip_224.webli"),
+)
+_FROM_AUTHORS = "from the authors; then give the file"
+# title, address, licence, parameters, training data
+OTHERS = (
+    ("PanDerm ViT-B/16", "panderm:FILE", "CC BY-NC-ND 4.0", 85_807_872, "PanDerm's archive, not public"),
+    ("PanDerm ViT-L/16", "panderm:FILE", "CC BY-NC-ND 4.0", 303_326_208, "PanDerm's archive, not public"),
+    ("DermLIP ViT-B/16", "open_clip:ViT-B-16-quickgelu@FILE", "as its authors state", None, "Derm1M"),
+    ("DermLIP on PanDerm-B", "panderm:FILE", "as its authors state", None, "Derm1M; PanDerm's archive"),
+    ("UNI, Virchow and others of timm's kind", "hf:DIR", "as each states; mostly on request", None, "histopathology"),
+    ("any timm model with your weights", "timm:NAME@FILE", "yours", None, "yours"),
+    ("any timm model, untrained", "timm:NAME@random:0", "none needed", None, "nothing"),
+    ("an export of panfm", "panfm:DIR", "in its README.md", None, "in its panfm.json"),
+    ("a function of your own", "python:MODULE:FUNCTION", "yours", None, "yours"),
+)
+
+
+def list_encoders(names: Sequence[tuple[str, str]] = TIMM_NAMES) -> tuple[Offer, ...]:
+    """List what can be loaded; timm's models are measured without building their weights."""
+    offers = []
+    for title, name in names:
+        record = timm.get_pretrained_cfg(name)
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0)
+        offers.append(
+            Offer(
+                title=title,
+                address=f"timm:{name}",
+                licence=record.license or "not recorded",
+                num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+                training_data=TRAINING_DATA.get(record.tag, f"timm tag {record.tag}"),
+                ready=find_in_cache(record.hf_hub_id) is not None,
+                fetch=f"hf download {record.hf_hub_id} model.safetensors",
+            )
+        )
+    ready = {"timm:NAME@random:0", "panfm:DIR", "python:MODULE:FUNCTION"}
+    for title, address, licence, number, data in OTHERS:
+        is_ready = address in ready
+        offers.append(Offer(title, address, licence, number, data, is_ready, "" if is_ready else _FROM_AUTHORS))
+    return tuple(offers)
+
+
+def format_size(offer: Offer) -> str:
+    """Parameters and the size of the file in fp32: '86 M, 343 MB'."""
+    if offer.num_parameters is None:
+        return "as the file"
+    return f"{offer.num_parameters / 1e6:.0f} M, {offer.num_parameters * BYTES / 1e6:.0f} MB"
