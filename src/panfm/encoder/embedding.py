@@ -1,7 +1,8 @@
 """The one loop that all features come through: decode in threads, forward in batches.
 
 In: an encoder, a function per image that returns its bytes, and a name per image for errors. Out: float32 arrays
-[b, D], in order. Decoding (libjpeg, resizing) leaves the interpreter free, so threads overlap it with the forward pass.
+[b, ...], in order. Decoding (libjpeg, resizing) leaves the interpreter free, so threads overlap it with the forward
+pass.
 """
 
 from collections import deque
@@ -28,9 +29,11 @@ def iterate_features(
     names: Sequence[str],
     batch_size: int = 64,
     workers: int = 1,
+    forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[NDArray[np.float32]]:
     """Yield the features of consecutive batches, float32 [b, D].
 
+    forward: what is computed of images uint8 [b, 3, S, S]; None: the encoder's feature.
     workers: threads that decode ahead; 0 decodes between the forward passes.
 
     Raises UserError that names the image: unreadable, undecodable, or with a feature that is not finite.
@@ -41,8 +44,8 @@ def iterate_features(
         return torch.from_numpy(np.stack([_decode(encoder, readers[i], names[i]) for i in range(start, stop)]))
 
     for start, images in _run_ahead(decode, range(0, len(readers), batch_size), workers):
-        features = encoder.forward(images).cpu().numpy()
-        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        features = (forward or encoder.forward)(images).float().cpu().numpy()
+        bad = np.flatnonzero(~np.isfinite(features.reshape(len(features), -1)).all(axis=1))
         if len(bad):
             raise UserError(
                 f"{names[start + int(bad[0])]}: {encoder.name} gives a feature that is not finite; try dtype=fp32"

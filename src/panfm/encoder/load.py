@@ -7,7 +7,7 @@ No network, no pickle: what is not on this machine as safetensors is an error wi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from panfm.encoder.schemes import BUILDERS
 from panfm.encoder.weights import compute_weights_hash
 from panfm.errors import UserError
 from panfm.files import compute_json_hash
+from panfm.models.attention import read_last_attention, select_rows
 from panfm.models.vit import select_attention
 
 # Raise it when a change of this room or of EvalTransform changes features: every cache then misses.
@@ -125,13 +126,59 @@ class Encoder:
 
         A file that is missing or does not decode is a UserError that names it.
         """
-        values = np.empty((len(paths), self.embed_dim), dtype=np.float32)
+        if not paths:
+            return np.empty((0, self.embed_dim), dtype=np.float32)
+        return self._collect(paths, self.forward, batch_size, workers)
+
+    def embed_tokens(
+        self, paths: Sequence[str | Path], *, batch_size: int = 16, workers: int = 1
+    ) -> NDArray[np.float32]:
+        """Compute one feature a place of image files -> [N, h, w, C], rows from the top, as a teacher gives them."""
+        rows, columns = self.token_grid(self.image_size)
+
+        def forward(images: Tensor) -> Tensor:
+            tokens = self.forward_tokens(images)  # [b, cls + h * w, C]
+            places: Tensor = tokens[:, tokens.shape[1] - rows * columns :].unflatten(1, (rows, columns))
+            return places
+
+        return self._collect(paths, forward, batch_size, workers)
+
+    def attention_maps(
+        self, paths: Sequence[str | Path], *, batch_size: int = 16, workers: int = 1
+    ) -> NDArray[np.float32]:
+        """Compute what the last block looks at in image files -> [N, heads, h, w].
+
+        The row of the class token (without one the mean over the patches' rows), its weights on the patches; with those
+        on the other tokens, which are left out, they sum to 1. UserError for an encoder without attention.
+        """
+        if not self.module.is_token_model or not hasattr(self.module.model, "blocks"):
+            raise UserError(f"{self.address}: {type(self.module.model).__name__} has no attention to show; take a ViT")
+        rows, columns = self.token_grid(self.image_size)
+        num_prefix = self.module.num_prefix_tokens
+
+        def forward(images: Tensor) -> Tensor:
+            with torch.inference_mode(), self._precision():
+                weights = read_last_attention(self.module.model, lambda: self.module(self._prepare(images)))
+            found = select_rows(weights, num_prefix, has_cls=self.module.has_cls)
+            maps: Tensor = found[:, :, num_prefix:].unflatten(2, (rows, columns))
+            return maps
+
+        return self._collect(paths, forward, batch_size, workers)
+
+    def _collect(
+        self, paths: Sequence[str | Path], forward: Callable[[Tensor], Tensor], batch_size: int, workers: int
+    ) -> NDArray[np.float32]:
+        if not paths:
+            raise UserError("no images are given; name at least one file")
+        readers, names = [Path(path).read_bytes for path in paths], [str(path) for path in paths]
+        values: NDArray[np.float32] | None = None
         done = 0
-        for features in iterate_features(
-            self, [Path(path).read_bytes for path in paths], [str(path) for path in paths], batch_size, workers
-        ):
-            values[done : done + len(features)] = features
-            done += len(features)
+        for batch in iterate_features(self, readers, names, batch_size, workers, forward):
+            if values is None:
+                values = np.empty((len(paths), *batch.shape[1:]), dtype=np.float32)
+            values[done : done + len(batch)] = batch
+            done += len(batch)
+        assert values is not None, "at least one image is given"
         return values
 
     def _prepare(self, images: Tensor) -> Tensor:

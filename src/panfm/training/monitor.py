@@ -10,12 +10,12 @@ Compare them within a run and between runs of one recipe, not between methods or
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from panfm.models.attention import read_last_attention, select_rows
 from panfm.models.vit import Vit, encode_visible
 
 Normalise = Callable[[Tensor], Tensor]
@@ -96,30 +96,11 @@ def compute_pooled_features(encoder: Vit, images: Tensor, normalise: Normalise) 
 def compute_attention(encoder: Vit, images: Tensor, normalise: Normalise) -> Tensor:
     """What the last block looks at in whole images, uint8 [N, 3, H, W] -> float32 [N, heads, T] over all T tokens.
 
-    The row of the CLS token, or, where the encoder has none, the mean over the rows of the patches. The block's own
-    attention runs a second time, explicitly: so the weights are right for every kind of it (rotary positions,
-    normalised queries and keys), though a fused kernel would not give them away.
+    The row of the CLS token, or, where the encoder has none, the mean over the rows of the patches.
     """
-    attention: Any = encoder.blocks[-1].attn
-    seen: dict[str, Any] = {}
     with evaluating(encoder):
-        handle = attention.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.update(args=args, kwargs=kwargs), with_kwargs=True
-        )
-        try:
-            encode_visible(encoder, images, None, normalise)
-        finally:
-            handle.remove()
-        # What goes through the dropout behind the softmax are the weights; in eval mode it leaves them alone.
-        handle = attention.attn_drop.register_forward_hook(lambda _, args, output: seen.update(weights=output))
-        was_fused, attention.fused_attn = attention.fused_attn, False
-        try:
-            attention(*seen["args"], **seen["kwargs"])
-        finally:
-            attention.fused_attn = was_fused
-            handle.remove()
-    weights: Tensor = seen["weights"].float()  # [N, heads, T, T]
-    return weights[:, :, 0] if encoder.cls_token is not None else weights[:, :, encoder.num_prefix_tokens :].mean(dim=2)
+        weights = read_last_attention(encoder, lambda: encode_visible(encoder, images, None, normalise))
+    return select_rows(weights, encoder.num_prefix_tokens, has_cls=encoder.cls_token is not None)
 
 
 @contextmanager
