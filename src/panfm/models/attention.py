@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def read_last_attention(vit: nn.Module, forward: Callable[[], object]) -> Tensor:
-    """Run `forward`, which calls `vit` (timm's ViT, Eva or Beit, in eval mode) once -> weights [N, heads, T, T], fp32."""
+    """Run `forward`, which calls `vit` (timm's ViT, Eva or Beit, in eval mode) once -> weights [N, heads, T, T]."""
     attention: Any = vit.blocks[-1].attn  # type: ignore[index, union-attr]
     seen: dict[str, Any] = {}
     handle = attention.register_forward_pre_hook(
