@@ -16,6 +16,7 @@ from panfm.measures.draws import widen_by_draws
 from panfm.measures.intervals import compute_area_parts, estimate_area
 from panfm.measures.statistics import NO_INTERVAL, compare_paired, compute_bootstrap_seed, estimate_metrics
 from tests.board.fabricated import GOOD, MIDDLE, RANDOM, write_numbers, write_trial
+from tests.board.pages import read_page_data
 
 
 def find_cell(section: Section, encoder: str, place: int = 0) -> Cell:
@@ -88,7 +89,9 @@ def test_a_fraction_that_cannot_be_had_is_marked(tmp_path: Path) -> None:
     for encoder in (GOOD, RANDOM):
         write_trial(tmp_path / "r", encoder, "lesions", 1.0, fraction=0.01, settings={"label_note": note})
     build_leaderboard([tmp_path / "r"], tmp_path)
-    assert f'title="{note}">too few patients for this fraction' in (tmp_path / "index.html").read_text()
+    data = read_page_data(tmp_path / "index.html")
+    cells = [cell for row in data["sections"][0]["rows"] for cell in row["cells"]]
+    assert [data["texts"][cell["label_note"]] for cell in cells] == [note, note]
     assert note in (tmp_path / "LEADERBOARD.md").read_text()
 
 
@@ -110,11 +113,13 @@ def test_few_groups_say_that_their_interval_is_uncertain(tmp_path: Path) -> None
     for encoder, strength in ((GOOD, 1.5), (RANDOM, 0.3)):
         write_trial(tmp_path / "r", encoder, "lesions", strength, num_groups=20, metric="balanced_accuracy")
     build_leaderboard([tmp_path / "r"], tmp_path)
-    page, text = ((tmp_path / name).read_text() for name in ("index.html", "LEADERBOARD.md"))
+    data, text = read_page_data(tmp_path / "index.html"), (tmp_path / "LEADERBOARD.md").read_text()
     reason = "interval outside its declared regime: 10 groups in the rarer class, shown to cover from 30 on"
-    assert f'title="{reason}">interval uncertain' in page
+    cells = [cell for row in data["sections"][0]["rows"] for cell in row["cells"]]
+    assert [(data["texts"][cell["reason"]], "low" in cell) for cell in cells] == [(reason, True)] * 2
     assert f"† {RANDOM}, lesions: {reason}" in text and "]†" in text
-    assert "no p-value" not in page and "▲" not in page.split('id="real')[1]  # nothing is sure with ten groups
+    gaps = [cell["difference"] for cell in cells if "difference" in cell]
+    assert [(gap["sure"], "words" in gap, "p_adjusted" in gap) for gap in gaps] == [(False, False, False)]  # ten groups
 
 
 def test_calibration_error_has_no_interval_and_no_sure_rank(tmp_path: Path) -> None:
@@ -158,6 +163,7 @@ def test_a_family_where_lower_is_better(tmp_path: Path) -> None:
     assert (tmp_path / "tasks/thickness.html").is_file() and (tmp_path / "tasks/thickness-lesion.html").is_file()
     known = replace(images.tasks[0], unit="image of a known institution")
     assert describe_units(known) == "120 images of a known institution, 60 patients" and " " not in known.slug
-    page = (tmp_path / "index.html").read_text()
-    assert "(lower is better)" in page and "80 lesions, 40 patients" in page
+    plain = read_page_data(tmp_path / "index.html")["tasks"]
+    assert [one["higher"] for one in plain] == [False, False]
+    assert {one["units"] for one in plain} >= {"80 lesions, 40 patients"}
     assert "Spearman" in (tmp_path / "tasks/thickness.html").read_text()

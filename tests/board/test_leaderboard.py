@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import shutil
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from panfm.measures.metrics import METRICS, compute_metric
 from panfm.measures.outcomes import Outcome
 from panfm.measures.statistics import compare_paired, compute_bootstrap_seed, estimate_metrics
 from tests.board.fabricated import GOOD, MIDDLE, RANDOM, write_trial
+from tests.board.pages import read_page_data
 
 
 def write_board(root: Path) -> Path:
@@ -160,8 +163,10 @@ def test_missing_task_leaves_an_encoder_unranked(own_results: Path, tmp_path: Pa
     row = section.rows[-1]
     assert (row.encoder.name, row.standing, row.reason) == ("newcomer", None, "missing: diagnoses")
     assert [cell.value is None for cell in row.cells] == [True, False]
-    page = (tmp_path / "index.html").read_text()
-    assert "no rank: missing: diagnoses" in page and "not evaluated" in page
+    data = read_page_data(tmp_path / "index.html")
+    (plain,) = [one for one in data["sections"][0]["rows"] if one["encoder"] == "newcomer"]
+    assert plain["reason"] == "missing: diagnoses" and "standing" not in plain
+    assert data["texts"][plain["cells"][0]["reason"]] == "not evaluated"
     assert find_row(section, GOOD).standing.rank == 1
 
 
@@ -183,7 +188,8 @@ def test_same_results_give_the_same_bytes(
     build_leaderboard([moved], tmp_path / "two")
     names = sorted(str(path.relative_to(board[1])) for path in board[1].rglob("*.*"))
     pages = [f"tasks/{name}.html" for name in ("diagnoses", "drawn", "lesions")]
-    assert names == ["LEADERBOARD.md", "index.html", "leaderboard.csv", "leaderboard.json", *pages]
+    tables = ["LEADERBOARD.md", "assets/vega.js", "index.html", "leaderboard.csv", "leaderboard.json"]
+    assert names == [*tables, *pages]
     for name in names:
         assert (board[1] / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -213,12 +219,18 @@ def test_page_is_whole_safe_and_offline(own_results: Path, tmp_path: Path) -> No
     write_trial(own_results, "=HYPERLINK(0)", "lesions", 1.0)
     build_leaderboard([own_results], tmp_path)
     page = (tmp_path / "index.html").read_text()
-    assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; | =1+1" in page
-    assert "http://" not in page and "https://" not in page
-    assert page.count("<script>") == 1 and page.startswith("<!doctype html>")
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; | =1+1" in page  # without JavaScript
+    data = read_page_data(tmp_path / "index.html")
+    assert name in [row["encoder"] for row in data["sections"][0]["rows"]]
+    assert "default-src 'none'" in unescape(page) and "connect-src" not in page
+    assert not re.findall(r"""(?:src|href|action|url)\s*[=(]\s*["']?\s*(?:https?:)?//""", page)
+    assert re.findall(r'<script[^>]*src="([^"]*)"', page) == ["assets/vega.js"] and "<link" not in page
+    assert page.startswith("<!doctype html>")
     assert page.count("<th>") == 0 and 'scope="col"' in page and 'scope="row"' in page
     assert "For research only" in page and "drawn by a program" in page
-    assert "patients unknown" in page and "test patients kept out of pretraining" in page
+    badges = [words for task in data["tasks"] for _, words, _ in task["badges"]]
+    said = [words for row in data["sections"][0]["rows"] for _, words in row["contamination"]]
+    assert "patients unknown" in badges and "test patients kept out of pretraining" in said
     markdown = (tmp_path / "LEADERBOARD.md").read_text()
     assert "<script>" not in markdown and "&lt;script&gt;alert(1)&lt;/script&gt; \\| =1+1" in markdown
     assert "'=HYPERLINK(0)" in (tmp_path / "leaderboard.csv").read_text()

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from panfm.board.cells import Measured, adjust_column, to_comparison
-from panfm.board.summary import Comparison, Standing, Task
+from panfm.board.summary import Cell, Comparison, Standing, Task
 from panfm.measures.comparisons import compare_over_tasks
 from panfm.measures.draws import MIN_DRAWS, Floats
 from panfm.measures.statistics import NO_INTERVAL, compute_interval
@@ -84,7 +84,23 @@ def compute_borda(scores: Floats) -> Floats:
     scores: [E, T] or [E, T, R], higher is better; returns [E] or [E, R].
     """
     beaten = rankdata(scores, method="average", axis=0) - 1
-    return np.asarray((beaten / max(1, len(scores) - 1)).mean(axis=1))
+    # Summed before it is divided: halves add without rounding, so that equal shares are equal numbers and tie.
+    return np.asarray(beaten.sum(axis=1) / (max(1, len(scores) - 1) * scores.shape[1]))
+
+
+def list_counted(tasks: Sequence[Task], rows: Sequence[Sequence[Cell]], synthetic: bool) -> list[int]:
+    """List the places of the tasks that count in mean and rank; rows: every encoder's cells of the section.
+
+    A metric that this test set leaves undefined is so for every encoder, and one that a guess has at its best tells
+    nothing: the task then counts for none. Nor does one of which there are self-reported values alone.
+    """
+    return [
+        place
+        for place, task in enumerate(tasks)
+        if (task.claim or synthetic)
+        and task.chance != task.perfect
+        and any(cells[place].value is not None and cells[place].origin != "self_reported" for cells in rows)
+    ]
 
 
 def normalise(value: Floats, task: Task) -> Floats:

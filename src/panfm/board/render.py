@@ -1,4 +1,4 @@
-"""The board's faces: a LeaderboardSummary in; page, Markdown, CSV, JSON and the terminal's table out.
+"""The board's tables: a LeaderboardSummary in; Markdown, CSV, JSON and the terminal's table out (`page`: the page).
 
 Each is a pure function of the summary, without dates or paths: equal numbers give equal bytes. Encoder names are other
 people's text: they are escaped in the page and in Markdown, and cannot become a formula in a spreadsheet.
@@ -17,30 +17,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 from rich.text import Text
 
-from panfm.board.charts import EFFICIENCY_HEIGHT, compute_efficiencies, compute_forests, get_series
 from panfm.board.summary import LeaderboardSummary, Task
 from panfm.board.words import (
-    CONTAMINATION,
-    PROTOCOLS,
+    ORIGINS,
     RESEARCH_ONLY,
     describe_audit,
     describe_cell,
-    describe_fraction,
-    describe_gap,
-    describe_method,
     describe_protocol,
     describe_rank,
     describe_score,
-    describe_units,
-    describe_unranked,
     describe_winner,
     format_count,
     format_number,
     format_percent,
     format_signed,
-    is_best,
-    is_shared,
-    list_contamination,
 )
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -88,6 +78,7 @@ CSV_COLUMNS = (
     "mean_score_difference_high",
     "mean_score_p_adjusted",
     "contamination",
+    "origin",
     "counts_for_claims",
     "audit_choice",
     "seen_test_images",
@@ -114,39 +105,6 @@ def list_board_tasks(summary: LeaderboardSummary) -> dict[str, Task]:
     return dict(sorted((task.slug, task) for section in summary.sections for task in section.tasks))
 
 
-def render_page(summary: LeaderboardSummary) -> str:
-    """Render the static page: one HTML file that fetches nothing."""
-    series = get_series(summary)
-    page = (
-        build_environment()
-        .get_template("leaderboard.html.j2")
-        .render(
-            summary=summary,
-            series=series,
-            forests={section.slug: compute_forests(section, series) for section in summary.sections},
-            efficiencies=compute_efficiencies(summary, series),
-            efficiency_height=EFFICIENCY_HEIGHT,
-            tasks=list_board_tasks(summary),
-            cards={row.encoder.name: row.encoder for section in summary.sections for row in section.rows},
-            contamination_titles=CONTAMINATION,
-            research_only=RESEARCH_ONLY,
-            describe_protocol=describe_protocol,
-            describe_fraction=describe_fraction,
-            describe_method=describe_method,
-            describe_gap=describe_gap,
-            describe_units=describe_units,
-            protocol_titles=PROTOCOLS,
-            describe_unranked=describe_unranked,
-            describe_winner=describe_winner,
-            is_shared=is_shared,
-            is_best=is_best,
-            list_contamination=list_contamination,
-            describe_audit=describe_audit,
-        )
-    )
-    return page.rstrip() + "\n"
-
-
 def render_markdown(summary: LeaderboardSummary) -> str:
     """Render one table a section: rank, mean score, and every task with its 95 % interval."""
     lines = ["# Leaderboard", "", RESEARCH_ONLY, ""]
@@ -170,6 +128,8 @@ def render_markdown(summary: LeaderboardSummary) -> str:
                     lines.append(f"- † {_escape_markdown(name)}: {_escape_markdown(cell.reason)}")
                 if cell.label_note is not None:
                     lines.append(f"- {_escape_markdown(name)}: {_escape_markdown(cell.label_note)}")
+                if cell.origin != "recomputed":
+                    lines.append(f"- {_escape_markdown(name)}: {ORIGINS[cell.origin]}")
                 if (found := describe_audit(cell)) is not None:
                     lines.append(f"- {_escape_markdown(name)}: {_escape_markdown(found[1])}")
         for task in section.tasks:
@@ -224,7 +184,7 @@ def render_csv(summary: LeaderboardSummary) -> str:
                     *((gap.difference, gap.low, gap.high, gap.method, gap.reason) if gap else (None,) * 5),
                     *((gap.p_value, gap.p_adjusted) if gap else (None, None)),
                     *((over.difference, over.low, over.high, over.p_adjusted) if over else (None,) * 4),
-                    *(cell.contamination, task.claim),
+                    *(cell.contamination, cell.origin if cell.num_runs else None, task.claim),
                     *((audit.choice, audit.num_seen, audit.value, audit.reason) if audit else (None,) * 4),
                 ]
                 writer.writerow([_to_spreadsheet(value) for value in values])

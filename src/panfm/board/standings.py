@@ -11,13 +11,27 @@ only what its cell needs is kept.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from panfm.board.cells import Measured, adjust_column, build_cell, compare, measure
 from panfm.board.fairness import FairnessRow, SiteRow, list_fairness, list_left_out, read_told
+from panfm.board.packs.accepted import ORIGINS, Claims, read_claims
+from panfm.board.packs.aggregate import Aggregate, read_aggregates
+from panfm.board.packs.images import check_images
+from panfm.board.packs.reported import (
+    UNCHECKED,
+    Reported,
+    SectionKey,
+    build_reported_cell,
+    build_reported_page,
+    check_same_task,
+    describe_reported_task,
+    explain_unranked,
+    sort_reported,
+)
 from panfm.board.printed import build_printed_rows, list_printed, read_printed
 from panfm.board.ranking import compare_with_reference, list_counted, normalise, rank
 from panfm.board.summary import (
@@ -26,6 +40,7 @@ from panfm.board.summary import (
     Comparison,
     DevelopmentRow,
     LeaderboardSummary,
+    Origin,
     Row,
     Section,
     Task,
@@ -46,7 +61,6 @@ from panfm.measures.statistics import (
     draw_group_weights,
 )
 
-SectionKey = tuple[bool, str, str, float]  # synthetic, protocol, variant, label_fraction
 Found = tuple[Path, Result]
 # Where a protocol has several variants, the one that measures the encoder with the least help of its own.
 RANKED_VARIANTS = {
@@ -81,6 +95,22 @@ class _Column:
     measured: Mapping[SectionKey, Mapping[str, Measured]]
     audited: Mapping[SectionKey, Mapping[str, AuditedCell]]
     page: TaskPage
+    origins: Mapping[tuple[SectionKey, str], Origin]  # of what was measured, by section and encoder
+    reported: Mapping[SectionKey, Mapping[str, Aggregate]]
+
+    def is_trusted(self, key: SectionKey, name: str) -> bool:
+        """Whether there are predictions of an encoder here, on images that are known to be the task's."""
+        return self.origins.get((key, name), "self_reported") != "self_reported"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What there is of one task on one test set, and what is known of it where it came in packs."""
+
+    items: list[Found] = field(default_factory=list)
+    reported: list[Reported] = field(default_factory=list)
+    claims: Claims = field(default_factory=lambda: Claims({}))
+    audit: Audit | None = None
 
 
 def compute_standings(
@@ -93,15 +123,22 @@ def compute_standings(
     Raises UserError for predictions that are missing or not those of their Result, for a metric that does not follow
     from them, for a Result that is there twice, for one name on two encoders, and for a task measured on two test sets.
     """
-    found = read_results(roots)
-    check_unique(found)
-    by_task: dict[tuple[str, str], list[Found]] = defaultdict(list)  # images one by one and lesions: two test sets
+    found, aggregates = read_results(roots), read_aggregates(roots)
+    if not found and not aggregates:
+        raise UserError(f"{', '.join(map(str, roots))}: no result files; run `panfm evaluate run` first")
+    claims = read_claims(roots, found, aggregates)
+    found = claims.leave_out_confirmed(found)
+    everything: list[tuple[Path, Result | Aggregate]] = [*found, *aggregates]
+    check_unique(everything)
+    by_task: dict[tuple[str, str], _Work] = defaultdict(_Work)  # images one by one and lesions: two test sets
     for path, result in found:
         if result.evaluated_on == "test":
-            by_task[result.task, result.unit].append((path, result))
+            by_task[result.task, result.unit].items.append((path, result))
+    for path, aggregate in aggregates:
+        by_task[aggregate.task, aggregate.unit].reported.append((path, aggregate))
     columns = run_tasks(
         _measure_task,
-        [(items, audit) for _, items in sorted(by_task.items())],
+        [replace(work, claims=claims, audit=audit) for _, work in sorted(by_task.items())],
         description="leaderboard",
         processes=processes,
         unit="tasks",
@@ -115,12 +152,12 @@ def compute_standings(
         section = replace(section, published=build_printed_rows(printed, section))
         sections.append(section)
         replicates[section.slug] = _stack_replicates(key, section, those)
-    encoders = tuple(sorted({result.encoder.name for _, result in found}))
+    encoders = tuple(sorted({one.encoder.name for _, one in everything}))
     summary = LeaderboardSummary(
         sections=tuple(sections),
         development=_list_development(found),
         encoders=encoders,
-        num_results=len(found),
+        num_results=len(everything),
         published=list_printed(printed, [column.task for column in columns]),
         audit=None if audit is None else audit.hash,
     )
@@ -129,11 +166,23 @@ def compute_standings(
     return Board(summary, pages, replicates, list_fairness(pages), sites)
 
 
-def _measure_task(work: tuple[Sequence[Found], Audit | None]) -> _Column:
+def _measure_task(work: _Work) -> _Column:
     """Read, check and measure all Results on one test set, the runs of one cell at a time."""
-    items, audit = work
+    reported = sort_reported(work.reported)
+    if not work.items:
+        task = describe_reported_task(work.reported)
+        check_same_task(task, work.reported[0][1].split_hash, work.reported)
+        page = build_reported_page(task, work.reported)
+        return _Column(task, {key: {} for key in reported}, {}, page, {}, reported)
+    # What is known best comes first: a fault between two files is then named in the other.
+    audit, trust = work.audit, {path: ORIGINS.index(work.claims.get_origin(path)) for path, _ in work.items}
+    items = sorted(work.items, key=lambda item: (-trust[item[0]], item[0]))
     first = read_test_set(*items[0])
     task = _describe_task(first)
+    check_same_task(task, first.result.split_hash, work.reported)
+    # Images that could not be checked before are, below, if those of another Result were: they must be the same.
+    least = min(trust[first.path], ORIGINS.index("recomputed"))
+    origins: dict[tuple[SectionKey, str], Origin] = {}
     seed = compute_bootstrap_seed(task.name, first.result.split_hash)
     weights = draw_group_weights(first.groups, NUM_REPLICATES, seed)
     by_cell: dict[tuple[SectionKey, str], list[Found]] = defaultdict(list)
@@ -148,6 +197,14 @@ def _measure_task(work: tuple[Sequence[Found], Audit | None]) -> _Column:
         test_sets = [first if path == first.path else read_test_set(path, result) for path, result in runs]
         for test_set in test_sets:
             check_same_test_set(first, test_set)
+            if test_set.path in work.claims.checked:
+                check_images(test_set.result, test_set)
+        origins[key, name] = ORIGINS[max(least, min(trust[path] for path, _ in runs))]
+        if name in reported.get(key, {}):
+            raise UserError(
+                f"{runs[0][0]}: task {task.name} of encoder {name} is there as an aggregate, too; a board takes each "
+                "once, leave one of them out"
+            )
         measured[key][name] = measure([recompute(test_set, weights) for test_set in test_sets], test_sets, seed)
         if key == detailed:
             on_page.append(min(test_sets, key=lambda one: (one.result.draw, one.result.seed)))
@@ -157,7 +214,10 @@ def _measure_task(work: tuple[Sequence[Found], Audit | None]) -> _Column:
             audited[key][name] = _average_audited([_measure_unseen(test_set, seen[name]) for test_set in test_sets])
     card = _find_card(first.result)
     facts = {} if card is None else {"licence": card.licence, "citation": card.citation, "note": card.note}
-    return _Column(task, measured, audited, build_task_page(task, facts, on_page, seed))
+    page = build_task_page(task, facts, on_page, seed)
+    if ORIGINS[least] == "self_reported":
+        page = replace(page, notes=(UNCHECKED, *page.notes))
+    return _Column(task, {**{key: {} for key in reported}, **measured}, audited, page, origins, reported)
 
 
 def _get_section_key(result: Result) -> SectionKey:
@@ -238,14 +298,29 @@ def _find_card(result: Result) -> TaskCard | None:
 def _build_section(key: SectionKey, columns: Sequence[_Column]) -> Section:
     synthetic, protocol, variant, label_fraction = key
     tasks = tuple(column.task for column in columns)
-    measured = {(name, column.task.name): one for column in columns for name, one in column.measured[key].items()}
-    names = sorted({name for name, _ in measured})
+    # Whatever is compared, averaged or ranked comes from here: self-reported numbers stand beside it.
+    measured = {
+        (name, column.task.name): one
+        for column in columns
+        for name, one in column.measured[key].items()
+        if column.is_trusted(key, name)
+    }
     cards = {name: one.encoder for (name, _), one in sorted(measured.items())}
     reference = choose_reference(cards)
+    for column in columns:
+        for name, stated in column.measured[key].items():
+            cards.setdefault(name, stated.encoder)
+        for name, aggregate in column.reported.get(key, {}).items():
+            cards.setdefault(name, aggregate.encoder)
+    names = sorted(cards)
     cells = _build_cells(key, names, reference, columns, measured)
     counted = list_counted(tasks, list(cells.values()), synthetic)
-    complete = [name for name in names if all(cells[name][place].value is not None for place in counted)]
     those = [tasks[place] for place in counted]
+    complete = [
+        name
+        for name in names
+        if all((name, task.name) in measured and measured[name, task.name].value is not None for task in those)
+    ]
     standings = rank(complete, measured, those) if counted and len(complete) > 1 else {}
     over_tasks: Mapping[str, Comparison | None] = {}
     if reference in standings:
@@ -255,8 +330,12 @@ def _build_section(key: SectionKey, columns: Sequence[_Column]) -> Section:
     rows = []
     for name in names:
         missing = [tasks[place].title for place in counted if cells[name][place].value is None]
+        by_title = {task.title: cell for task, cell in zip(tasks, cells[name], strict=True)}
+        stated_only = explain_unranked(by_title, those)
         reason = None
-        if not counted:
+        if stated_only is not None:
+            reason = f"{stated_only}; missing: {', '.join(missing)}" if missing else stated_only
+        elif not counted:
             reason = "no task here supports a claim about encoders"
         elif missing:
             reason = f"missing: {', '.join(missing)}"
@@ -271,7 +350,8 @@ def _stack_replicates(key: SectionKey, section: Section, columns: Sequence[_Colu
     stacked = np.full((len(section.rows), len(columns), NUM_REPLICATES), np.nan)
     for row, encoder in enumerate(section.rows):
         for place, column in enumerate(columns):
-            one = column.measured[key].get(encoder.encoder.name)
+            name = encoder.encoder.name
+            one = column.measured[key].get(name) if column.is_trusted(key, name) else None
             if one is not None and one.value is not None and column.task.chance != column.task.perfect:
                 stacked[row, place] = normalise(one.spread, column.task)
     return stacked
@@ -295,14 +375,18 @@ def _build_cells(
                 for name, one in zip(names, ours, strict=True)
             ]
         )
-        audited = column.audited.get(key, {})
-        by_column.append(
-            [
-                replace(build_cell(one, column.task), difference=difference, audit=audited.get(name))
-                for name, one, difference in zip(names, ours, differences, strict=True)
-            ]
-        )
+        by_column.append([_build_cell(column, key, name, gap) for name, gap in zip(names, differences, strict=True)])
     return {name: tuple(cells[place] for cells in by_column) for place, name in enumerate(names)}
+
+
+def _build_cell(column: _Column, key: SectionKey, name: str, difference: Comparison | None) -> Cell:
+    if name in column.reported.get(key, {}):
+        return build_reported_cell(column.reported[key][name])
+    one = column.measured[key].get(name)
+    cell = replace(build_cell(one, column.task), difference=difference)
+    if one is None:
+        return cell
+    return replace(cell, audit=column.audited.get(key, {}).get(name), origin=column.origins[key, name])
 
 
 def _order_rows(row: Row) -> tuple[int, float, float, str]:

@@ -79,7 +79,8 @@ class Comparison:
 
 
 # Whose word a cell is. recomputed: from predictions that lie here; verified: those were submitted, and the owner of the
-# board got the same from the encoder; self_reported: the submitter's numbers, whose predictions stayed at home.
+# board got the same from the encoder; self_reported: the submitter's numbers, whose predictions stayed at home
+# or are of images that nobody here could check. Only the first two are ranked and compared.
 Origin = Literal["recomputed", "verified", "self_reported"]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from panfm.board.packs.aggregate import Aggregate
 from panfm.errors import UserError
 from panfm.evaluation.results import SUBGROUP_PREFIX, Result, make_outcome, read_predictions
 from panfm.files import compute_file_sha256
@@ -63,8 +64,8 @@ class TestSet:
         return self.outcome.scores
 
 
-def check_unique(found: Sequence[tuple[Path, Result]]) -> None:
-    """Refuse a Result that is there twice and a name that stands for two encoders."""
+def check_unique(found: Sequence[tuple[Path, Result | Aggregate]]) -> None:
+    """Refuse a Result (or aggregate) that is there twice and a name that stands for two encoders."""
     seen: dict[tuple[str, str, str], Path] = {}
     hashes: dict[str, tuple[str, Path]] = {}
     for path, result in found:

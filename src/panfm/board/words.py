@@ -28,6 +28,11 @@ CONTAMINATION = {
     "none": "no skin images in pretraining",
     "unknown": "pretraining overlap unknown",
 }
+ORIGINS = {  # Cell.origin: whose word a value is
+    "recomputed": "recomputed from its predictions",
+    "verified": "verified: the board's owner got the same from the encoder",
+    "self_reported": "self-reported: nobody else could check it",
+}
 METHODS = {
     "bootstrap": "percentiles of 2,000 bootstrap samples of whole patients",
     "delong_logit": "DeLong's variance held together by patient (Obuchowski), on the logit scale",
@@ -75,7 +80,12 @@ def describe_unranked(section: Section) -> str:
     outside = [row.encoder.name for row in section.rows if row.standing is None]
     if not outside or len(outside) == len(section.rows):
         return ""
-    return f"Not ranked, because tasks are missing: {', '.join(outside)}."
+    stated = [row.encoder.name for row in section.rows if row.reason is not None and "self-reported" in row.reason]
+    missing = [name for name in outside if name not in stated]
+    sentences = [f"Not ranked, because tasks are missing: {', '.join(missing)}."] if missing else []
+    if stated:
+        sentences.append(f"Not ranked, because self-reported: {', '.join(stated)}.")
+    return " ".join(sentences)
 
 
 def is_shared(section: Section, row: Row) -> bool:

@@ -135,6 +135,8 @@ PREDICTIONS_SCHEMA = pa.schema(
     ],
     metadata={"panfm_predictions": "2"},
 )
+AGGREGATE_SUFFIX = ".aggregate.json"  # figures without predictions (`board.aggregate`): beside Results, none itself
+VERIFICATION = "verification.json"  # of an accepted pack (`board.accepted`): what was checked of the Results below
 SUBGROUP_PREFIX = "subgroup:"  # of further columns, text or null: what the board may tell apart, never who it is
 
 
@@ -228,13 +230,27 @@ def read_result(path: str | Path) -> Result:
         ) from None
 
 
+def find_files(folders: Iterable[Path], pattern: str) -> list[Path]:
+    """Find the files below these folders that match, sorted; a folder named .SOMETHING is half written and not read."""
+    return sorted(
+        path
+        for folder in folders
+        for path in folder.rglob(pattern)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
 def read_results(roots: Iterable[str | Path]) -> list[tuple[Path, Result]]:
-    """Read every Result below the given folders, sorted by path; none at all is a UserError."""
+    """Read every Result below the given folders, sorted by path; no Result and no aggregate at all is a UserError."""
     folders = [Path(root) for root in roots]
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such results folder; `panfm evaluate run --out {folder}` makes one")
-    paths = sorted(path for folder in folders for path in folder.rglob("*.json"))
+    paths = find_files(folders, "*.json")
     if not paths:
         raise UserError(f"{', '.join(map(str, folders))}: no result files; run `panfm evaluate run` first")
-    return [(path, read_result(path)) for path in paths]
+    return [
+        (path, read_result(path))
+        for path in paths
+        if path.name != VERIFICATION and not path.name.endswith(AGGREGATE_SUFFIX)
+    ]

@@ -363,9 +363,16 @@ def _read_committed_folds(card: TaskCard, rows: TaskRows, path: Path) -> tuple[N
 
 
 def _compute_split_hash(card: TaskCard, rows: TaskRows, folds: NDArray[np.str_], order: NDArray[np.int64]) -> str:
-    columns = (rows.keys, rows.groups, folds)
+    keys, groups, of_fold = (column[order].tolist() for column in (rows.keys, rows.groups, folds))
     classes = [card.class_names[label] for label in rows.labels[order]]
-    return compute_json_hash([card.source, *(column[order].tolist() for column in columns), classes])
+    return compute_split_hash(card.source, keys, groups, of_fold, classes)
+
+
+def compute_split_hash(
+    source: str, keys: Sequence[str], groups: Sequence[str], folds: Sequence[str], classes: Sequence[str]
+) -> str:
+    """The hash of a split: of the source and of four columns in order of key."""
+    return compute_json_hash([source, keys, groups, folds, classes])
 
 
 def _check_groups(card: TaskCard, split: Split) -> None:
