@@ -53,7 +53,7 @@ def write_trial(
     labels = np.repeat(group_label, 3)
     groups = [f"p{number:03d}" for number in range(num_groups) for _ in range(3)]
     hard = of_task.normal(size=(num_groups * 3, classes))  # what makes an image hard is the same for all encoders
-    own = np.random.default_rng([sum(map(ord, encoder + task + protocol )), draw, int(fraction * 100)])
+    own = np.random.default_rng([sum(map(ord, encoder + task + protocol)), draw, int(fraction * 100)])
     logits = strength * np.eye(classes)[labels] + hard + 0.4 * own.normal(size=hard.shape)
     scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     predictions = pa.table(
