@@ -188,7 +188,8 @@ def test_same_results_give_the_same_bytes(
     build_leaderboard([moved], tmp_path / "two")
     names = sorted(str(path.relative_to(board[1])) for path in board[1].rglob("*.*"))
     pages = [f"tasks/{name}.html" for name in ("diagnoses", "drawn", "lesions")]
-    tables = ["LEADERBOARD.md", "assets/vega.js", "index.html", "leaderboard.csv", "leaderboard.json"]
+    assets = ["assets/vega-licences.txt", "assets/vega.js"]
+    tables = ["LEADERBOARD.md", *assets, "index.html", "leaderboard.csv", "leaderboard.json"]
     assert names == [*tables, *pages]
     for name in names:
         assert (board[1] / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -9,7 +9,7 @@ A pure function of its inputs: the same Results give the same bytes, wherever an
 from collections.abc import Sequence
 from pathlib import Path
 
-from panfm.board.page import render_page
+from panfm.board.page import read_asset, render_page
 from panfm.board.render import format_table, render_csv, render_json, render_markdown
 from panfm.board.standings import compute_standings
 from panfm.board.summary import LeaderboardSummary
@@ -47,6 +47,7 @@ def build_leaderboard(
         "LEADERBOARD.md": render_markdown(summary),
         "index.html": render_page(board),
         "assets/vega.js": read_bundle(),
+        "assets/vega-licences.txt": read_asset("vega-licences.txt"),  # its terms: they go where it goes
         **{f"tasks/{page.task.slug}.html": render_task_page(summary, page) for page in board.pages},
     }
     for name, text in texts.items():

@@ -100,7 +100,7 @@ def draw_critical_difference(rows: Rows = (), bars: Rows = ()) -> Spec:
     """
     rows = sorted(rows, key=lambda row: row["mean_rank"])  # rows that a page feeds come in this order, too
     names = {"field": "encoder", "type": "nominal", "sort": None}
-    y = {**names, "title": None, "axis": {"grid": True, "ticks": False, "domain": False, "labelLimit": 150}}
+    y = {**names, "title": None, "axis": {"grid": True, "ticks": False, "domain": False, "labelLimit": 200}}
     x = {
         "field": "mean_rank",
         "type": "quantitative",
@@ -181,7 +181,7 @@ def draw_radar(rows: Rows = ()) -> Spec:
     names: list[Spec] = [
         {
             "transform": [*axes, {"filter": side}, {"calculate": "datum.x * 1.05", "as": "x"}],
-            "mark": {"type": "text", "align": align, "dy": dy, "limit": 130, "fontSize": 11.5},
+            "mark": {"type": "text", "align": align, "dy": dy, "limit": 200, "fontSize": 11.5},
             "encoding": {
                 **at,
                 "text": {"field": "task"},

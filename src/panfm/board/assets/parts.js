@@ -24,9 +24,10 @@ function viewFairness() {
   const hidden = column("num_hidden", "Levels not shown", row => row.num_hidden,
     { words: row => `${row.num_hidden} of ${row.num_levels}` });
   const fair = drawGrid("Worst groups", [encoderColumn, taskColumn,
-    column("attribute", "Attribute", row => plain(row.attribute)), of("measure", "Measure"),
-    of("worst_level", "Worst level"), withInterval("worst", "Worst value", "low", "high"),
-    of("reference_level", "Reference level"), of("reference", "Reference value"),
+    column("attribute", "Attribute", row => plain(row.attribute)),
+    column("measure", "Measure", row => row.measure === "right" ? "share right" : row.measure),
+    column("worst_level", "Worst level", row => plain(row.worst_level)), withInterval("worst", "Worst value", "low", "high"),
+    column("reference_level", "Reference level", row => plain(row.reference_level)), of("reference", "Reference value"),
     column("gap", "Gap", row => row.gap ?? null, { words: row => row.gap === undefined ? "–" : signed(row.gap) }), p,
     hidden], found(data.fairness));
   const told = { left_out: "institution left out of training", told: "features tell the institution" };
