@@ -38,7 +38,9 @@ def test_rows_stand_where_task_protocol_labels_and_metric_are_the_same(tmp_path:
     assert set(AUROCS) <= models
     # Reader studies on other images stand as lines of no task, with what was asked.
     readers = [line for line in summary.published if line.readers]
-    assert {"dermatologist 1", "41 readers with PanDerm"} <= {line.model for line in readers}
+    assert {"dermatologist 1", "41 readers with PanDerm", "37 readers", "clinicians"} <= {
+        line.model for line in readers
+    }
     assert all(line.task is None and line.about for line in readers)
     assert all(line.doi.startswith("10.") and line.citation for line in summary.published)
 

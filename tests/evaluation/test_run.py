@@ -14,7 +14,7 @@ from panfm.errors import UserError
 from panfm.evaluation.planning import describe_encoder
 from panfm.evaluation.results import get_scores, read_predictions, read_result
 from panfm.evaluation.run import check_evaluation, run_evaluation
-from panfm.evaluation.run_config import EvaluateConfig
+from panfm.evaluation.run_config import EncoderEntry, EvaluateConfig
 from panfm.evaluation.splits import load_split
 from panfm.evaluation.tasks import TaskCard, load_task
 from panfm.measures.metrics import compute_metric
@@ -216,18 +216,21 @@ def test_shipped_configs_are_valid(name: str) -> None:
 
 def test_contamination_is_told_task_by_task(make_task: MakeTask) -> None:
     encoder = load_encoder(ENCODER)
+    entry = EncoderEntry(address=ENCODER, licence="CC0 1.0", access="open")
 
     def tell(names: tuple[str, ...], card: TaskCard) -> str:
         facts = EncoderFacts.model_validate({
             "timm_name": "test_vit", "samples_seen": 1, "step": 1, "code_version": "0", "excluded_tasks": names,
             "transform": encoder.transform.to_plain(),
         })  # fmt: skip
-        return describe_encoder(replace(encoder, facts=facts), "tiny", card).contamination
+        return describe_encoder(replace(encoder, facts=facts), entry, "tiny", card).contamination
 
     shipped, own = load_task("ham10000_diagnosis"), make_task()
     assert tell(("ham10000_diagnosis",), shipped) == "excluded" and tell(("ham10000_diagnosis",), own) == "unknown"
     assert tell((), shipped) == "unknown"
-    assert describe_encoder(encoder, "tiny", shipped).contamination == "none"  # random weights have seen nothing
+    described = describe_encoder(encoder, entry, "tiny", shipped)
+    assert (described.licence, described.access) == ("CC0 1.0", "open")  # as the run's config declares
+    assert describe_encoder(encoder, entry, "tiny", shipped).contamination == "none"  # random weights have seen nothing
 
 
 def test_the_labelled_keys_are_saved_and_a_fraction_that_cannot_be_had_is_said(

@@ -76,6 +76,9 @@ def test_a_run_says_what_it_cost_and_how_it_stands(config: Path, whole: Path) ->
     assert last["energy_source"] and last["co2_kg"] == pytest.approx(0.473 * last["energy_kwh"])
     checkpoint = list_checkpoints(whole)[-1]
     facts = read_facts(checkpoint / "encoder.json")
+    per_sample = compute_run_cost(load_config(PretrainConfig, whole / "config.yaml", [])).sample_flops
+    assert facts.training_flops == pytest.approx(per_sample * facts.samples_seen) and per_sample > 0
+    assert facts.hardware is not None and facts.hardware.startswith("1 x CPU process with")
     assert facts.energy_kwh is not None and facts.energy_kwh > 0 and last["energy_kwh"] <= facts.energy_kwh
     cost = compute_run_cost(load_config(PretrainConfig, config))
     planned = compute_checkpoint_bytes(cost.num_encoder + cost.num_heads, 4 * cost.num_encoder)

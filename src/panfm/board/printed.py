@@ -7,10 +7,11 @@ Nothing here is ranked: another split, another draw of labels, often another kin
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from panfm.board.summary import PublishedCell, PublishedLine, PublishedRow, Section, Task
 from panfm.evaluation.published import PublishedNumber, collect_published, list_published, load_published
+from panfm.evaluation.tasks import load_task
 
 Printed = Mapping[str | None, tuple[PublishedNumber, ...]]  # by task; None: of no task here
 
@@ -21,11 +22,11 @@ def read_printed() -> Printed:
 
 
 def list_printed(printed: Printed, tasks: Iterable[Task]) -> tuple[PublishedLine, ...]:
-    """Every printed number about one of the tasks, by task and publication; then those of reader studies elsewhere."""
+    """Every printed number about one of the tasks, by task and publication, and those of reader studies on others."""
     return tuple(
         PublishedLine(
             task=name,
-            about=number.table.about,
+            about=about,
             model=number.entry.model,
             readers=number.entry.readers,
             metric=number.entry.metric,
@@ -41,9 +42,18 @@ def list_printed(printed: Printed, tasks: Iterable[Task]) -> tuple[PublishedLine
             citation=number.publication.citation,
             doi=number.publication.doi,
         )
-        for name in (*sorted({task.name for task in tasks}), None)
-        for number in printed.get(name, ())
+        for name, about, number in _choose(printed, {task.name for task in tasks})
     )
+
+
+def _choose(printed: Printed, names: Collection[str]) -> Iterator[tuple[str | None, str | None, PublishedNumber]]:
+    """Numbers with their task, or with what was asked where the board has no such task: people are always shown."""
+    for name in sorted(printed, key=lambda name: (name is None, name or "")):
+        for number in printed[name]:
+            if name in names:
+                yield name, None, number
+            elif any(entry.readers for entry in number.table.numbers):
+                yield None, number.table.about if name is None else load_task(name).title, number
 
 
 def build_printed_rows(printed: Printed, section: Section) -> tuple[PublishedRow, ...]:

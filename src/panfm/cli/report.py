@@ -52,13 +52,13 @@ def run(
 ) -> None:
     """Write a model card of an encoder, or (one of --paper, --pictures, --privacy) another page; research only.
 
-    Model card: panfm report panfm:exports/first --results results --shards shards/ham10000
+    Example: panfm report panfm:exports/first --results results --shards shards/ham10000
 
-    Paper: panfm report --paper results --shards shards/ham10000 --out paper
+    Example: panfm report --paper results --shards shards/ham10000 --out paper
 
-    Pictures: panfm report --pictures panfm:exports/first --shards shards/ham10000 --label diagnosis
+    Example: panfm report --pictures panfm:exports/first --shards shards/ham10000 --label diagnosis
 
-    Privacy: panfm report --privacy shards/clinic --out privacy.md
+    Example: panfm report --privacy shards/clinic --out privacy.md
     """
     from panfm.errors import UserError
 

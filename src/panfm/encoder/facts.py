@@ -67,6 +67,8 @@ class EncoderFacts(BaseModel):
     use: str = "research"  # what it was trained for; in an export, what it was exported for
     code_version: str  # panfm version that trained it
     energy_kwh: float | None = None  # null = not measured
+    training_flops: float | None = None  # of all samples seen, heads and teachers included; null = not counted
+    hardware: str | None = None  # of the run's last part: "8 x NVIDIA H100 80GB HBM3"; null = not recorded
     weights_sha256: str | None = None  # of model.safetensors; set by the export
 
 

@@ -31,6 +31,7 @@ class Meters:
         self.sample_flops = compute_run_cost(config).sample_flops if is_main() else 0.0
         barrier()  # ranks measure their peak together: what they reach beside each other is what the machine has
         peak = find_peak(device, config.engine.precision)
+        self.hardware = f"{get_world_size()} x {_name(device)}"
         self.peak: float | None = sum_over_ranks(peak, device)
         """Operations a second of all ranks together, at best."""
         self._meter = EnergyMeter(device)
@@ -68,6 +69,13 @@ class Meters:
             "energy_source": self.source,
             "co2_kg": None if kwh is None or self._grams_per_kwh is None else kwh * self._grams_per_kwh / 1e3,
         }
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU process with {threads} thread{'s' if threads > 1 else ''}"
 
 
 def read_energy(run: Path, checkpoint: Path | None) -> float | None:

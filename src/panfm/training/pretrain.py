@@ -192,7 +192,13 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             finish()
             watchdog.begin(f"checkpoint of step {state.step}", slow=True)
             now = facts.model_copy(
-                update={"step": state.step, "samples_seen": state.samples_seen, "energy_kwh": meters.energy_kwh}
+                update={
+                    "step": state.step,
+                    "samples_seen": state.samples_seen,
+                    "energy_kwh": meters.energy_kwh,
+                    "training_flops": meters.sample_flops * state.samples_seen,
+                    "hardware": meters.hardware,
+                }
             )
             failed.sync()
             extra = model.copy_extra_state() if is_main() else None

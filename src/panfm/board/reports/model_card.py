@@ -285,9 +285,12 @@ def _describe_training(found: CardFacts) -> tuple[Block, ...]:
         ("Samples seen", f"{facts.samples_seen:,}"),
         ("Began or learned from", ", ".join(found.ancestors) or "no other trained encoder"),
         ("FLOPs, one forward pass a sample", forward),
-        ("FLOPs of the training", NOT_RECORDED),
+        (
+            "FLOPs of the training",
+            NOT_RECORDED if facts.training_flops is None else f"{facts.training_flops:.3g} (counted)",
+        ),
         ("Processor hours", NOT_RECORDED),
-        ("Hardware", NOT_RECORDED),
+        ("Hardware", facts.hardware or NOT_RECORDED),
         (
             "Energy",
             f"{NOT_RECORDED} (it was not measured)" if facts.energy_kwh is None else f"{facts.energy_kwh:.3g} kWh",
