@@ -131,7 +131,7 @@ def draw_critical_difference(rows: Rows = (), bars: Rows = ()) -> Spec:
         "width": "container",
         "height": {"step": 30},
         "encoding": {"color": _by_encoder()["color"]},
-        "layer": [whisker, point, bar],
+        "layer": [point, whisker, bar],  # points first: they have every encoder, and the order of the names is theirs
     }
     label = "Mean ranks with intervals, best first; bars join encoders that the data cannot tell apart."
     return make_spec(body, label, {"rows": rows, "bars": bars})
