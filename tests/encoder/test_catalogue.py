@@ -35,4 +35,5 @@ def test_weights_are_here_when_they_are_in_the_cache(tmp_path: Path, monkeypatch
     (offer, *_) = list_encoders(SMALL)
     encoder = load_encoder(offer.address)
     assert offer.ready and encoder.card.num_parameters == offer.num_parameters
+    assert encoder.card.licence == offer.licence == "apache-2.0"
     assert format_size(offer) == f"{offer.num_parameters / 1e6:.0f} M, {offer.num_parameters * 4 / 1e6:.0f} MB"

@@ -247,6 +247,7 @@ def test_a_checkpoint_under_its_publishers_names_is_read(tmp_path: Path) -> None
     """As MAE writes it: a pickle of tensors, the decoder beside the encoder; and behind a prefix, with registers."""
     theirs = save_timm(tmp_path / "w.safetensors", "test_vit", num_classes=0)
     plain = load_encoder(f"timm:test_vit@{tmp_path / 'w.safetensors'}")
+    assert plain.card.licence is None  # weights under a bare name may be anybody's
     extra = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 64)}
     torch.save({"model": {**theirs.state_dict(), **extra}}, tmp_path / "mae.pth")
     torch.save({"teacher": {f"backbone.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "prefixed.pth")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import timm
 import torch
 
+from panfm.encoder.panderm import LICENCE as PANDERM_LICENCE
 from panfm.encoder.schemes import TRAINING_DATA, find_in_cache
 
 BYTES = 4  # a weight in fp32
@@ -54,8 +55,8 @@ TIMM_NAMES = (
 _FROM_AUTHORS = "from the authors; then give the file"
 # title, address, licence, parameters, training data
 OTHERS = (
-    ("PanDerm ViT-B/16", "panderm:FILE", "CC BY-NC-ND 4.0", 85_807_872, "PanDerm's archive, not public"),
-    ("PanDerm ViT-L/16", "panderm:FILE", "CC BY-NC-ND 4.0", 303_326_208, "PanDerm's archive, not public"),
+    ("PanDerm ViT-B/16", "panderm:FILE", PANDERM_LICENCE, 85_807_872, "PanDerm's archive, not public"),
+    ("PanDerm ViT-L/16", "panderm:FILE", PANDERM_LICENCE, 303_326_208, "PanDerm's archive, not public"),
     ("DermLIP ViT-B/16", "open_clip:ViT-B-16-quickgelu@FILE", "as its authors state", None, "Derm1M"),
     ("DermLIP on PanDerm-B", "panderm:FILE", "as its authors state", None, "Derm1M; PanDerm's archive"),
     ("UNI, Virchow and others of timm's kind", "hf:DIR", "as each states; mostly on request", None, "histopathology"),

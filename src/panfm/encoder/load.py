@@ -50,6 +50,7 @@ class EncoderDescription:
     training_data: str | None  # None = unknown to us
     contamination: Contamination  # can it have seen the tests: excluded (kept out by panfm), none, unknown
     energy_kwh: float | None
+    licence: str | None = None  # of the weights; None = not recorded
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +236,7 @@ def load_encoder(address: str, device: str | torch.device = "cpu") -> Encoder:
         training_data=parts.training_data,
         contamination=parts.contamination,
         energy_kwh=parts.facts.energy_kwh if parts.facts else None,
+        licence=parts.licence,
     )
     select_attention(network, place, network.num_tokens)
     if not network.is_token_model:

@@ -40,6 +40,7 @@ INDEX = "attn.relative_position_index"  # computed; a file may hold it
 # Of the transform of its linear probe: the first is 0.228, where everybody else has ImageNet's 0.229.
 MEAN, STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
 IMAGE_SIZE, RESIZE_SIZE = 224, 256  # pixels
+LICENCE = "CC BY-NC-ND 4.0"
 TRAINING_DATA = "PanDerm's archive: 2.1 million skin images of 11 institutions, not public"
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 

@@ -26,6 +26,7 @@ class EncoderParts:
     training_data: str | None
     contamination: Contamination
     facts: EncoderFacts | None = None
+    licence: str | None = None  # of the weights, as their publisher's record states it; None = not recorded
 
 
 def set_image_size(address: Address, model: nn.Module) -> None:

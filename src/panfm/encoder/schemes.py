@@ -54,7 +54,7 @@ def _build_timm(address: Address) -> EncoderParts:
     if address.seed is not None:
         model = _create(address, address.target, address.image_size, seed=address.seed)
         training_data: str | None = "none: random weights"
-        contamination = NONE
+        contamination, licence = NONE, None
     else:
         native = _create(address, address.target, None)
         published = _get_published(native)
@@ -64,8 +64,10 @@ def _build_timm(address: Address) -> EncoderParts:
             tag = published["tag"]
         training_data = TRAINING_DATA.get(tag) or (f"timm tag {tag}" if tag else None)
         contamination = NONE if tag in TRAINING_DATA else UNKNOWN
+        licence = published.get("license") if tag else None  # a file under a bare name may be anybody's
     config = {"timm_name": name, "timm_kwargs": {}}
-    return EncoderParts(model, _read_transform(address, model), config, None, training_data, contamination)
+    transform = _read_transform(address, model)
+    return EncoderParts(model, transform, config, None, training_data, contamination, licence=licence)
 
 
 def _build_hf(address: Address) -> EncoderParts:

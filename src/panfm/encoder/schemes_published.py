@@ -40,7 +40,7 @@ def build_panderm(address: Address) -> EncoderParts:
         std=panderm.STD,
     )
     config = {"panderm": type(model).__name__, **vars(shape)}
-    return EncoderParts(model, transform, config, pooling, panderm.TRAINING_DATA, UNKNOWN)
+    return EncoderParts(model, transform, config, pooling, panderm.TRAINING_DATA, UNKNOWN, licence=panderm.LICENCE)
 
 
 def build_open_clip(address: Address) -> EncoderParts:

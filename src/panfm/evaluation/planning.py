@@ -198,7 +198,12 @@ def check_encoders(config: EvaluateConfig) -> list[str]:
 
 def describe_encoder(encoder: Encoder, entry: EncoderEntry, name: str, card: TaskCard) -> EncoderCard:
     """The encoder as this task's Results show it. Contamination is a fact about an encoder and a task together."""
-    values = {**asdict(encoder.card), "name": name, "licence": entry.licence, "access": entry.access}
+    values = {
+        **asdict(encoder.card),
+        "name": name,
+        "licence": entry.licence or encoder.card.licence,
+        "access": entry.access,
+    }
     if encoder.facts is not None:
         values["contamination"] = "excluded" if card.name in encoder.facts.excluded_tasks else "unknown"
         values["excluded_tasks"], values["audit"] = encoder.facts.excluded_tasks, encoder.facts.audit
