@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from panfm.board.build import build_leaderboard
 from panfm.board.standings import compute_standings
-from panfm.board.task_charts import CURVE_HEIGHT, draw_follow_up
+from panfm.board.task_charts import trace_event_free
 from panfm.board.task_pages import TaskPage, find_reference
 from panfm.config import validate
 from panfm.errors import UserError
@@ -137,7 +137,8 @@ def test_pages_tell_what_they_show_and_hide(results: Path, tmp_path: Path) -> No
     toe = page.split('<th scope="row" class="name">toe</th>')[1].split("</tr>")[0]
     assert f"fewer than {MIN_SHOWN_GROUPS} groups" in toe
     assert "% positive" not in toe and "24" not in toe and "(4)" not in toe
-    assert "k0001" not in page and "p001" not in page and "http" not in page and "<script" not in page
+    assert "k0001" not in page and "p001" not in page and "data:image" not in page
+    assert page.count("http") == page.count("http-equiv") + page.count("https://vega.github.io/schema/")  # a name
     several = (tmp_path / "tasks/diagnoses.html").read_text()
     assert "Share of images whose most probable class is right" in several and "Operating points" not in several
     assert "Would acting" not in several and "Do the probabilities keep" in several
@@ -156,7 +157,7 @@ def test_an_encoder_name_cannot_write_on_the_page(tmp_path: Path) -> None:
     write_trial(tmp_path / "r", "<script>alert(1)</script>", "lesions", 1.0, subgroups=None)
     build_leaderboard([tmp_path / "r"], tmp_path)
     page = (tmp_path / "tasks/lesions.html").read_text()
-    assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "\\u003cscript\\u003ealert(1)" in page
     assert "No thresholds: this protocol has no out-of-fold training scores" in page
 
 
@@ -244,14 +245,18 @@ def test_follow_up_is_split_by_the_cut_off_of_training(tmp_path: Path, num_high:
     (page,) = compute_standings([root]).pages
     found = page.encoders[0].follow_up
     assert found is not None and (found.num_low, found.num_high) == (100 - num_high, num_high)
-    plot = draw_follow_up(page.encoders[0])
     build_leaderboard([root], tmp_path)
     html = (tmp_path / "tasks" / f"{page.task.slug}.html").read_text()
     assert "Who stayed free of the event?" in html
     if not is_shown:
-        assert plot is None and found.low is None and "at least 20 are needed" in html
+        assert found.low is None and "drawing-event-free" not in html and "19 patients" not in html
+        assert "not shown: fewer than 20 patients on one side" in html
         return
-    assert found.low is not None and found.high is not None and plot is not None
+    assert found.low is not None and found.high is not None and 'id="drawing-event-free"' in html
     np.testing.assert_allclose(found.low.values, 1.0)
     np.testing.assert_allclose(found.high.read([1, 20, 40]), [39 / 40, 0.5, 0.0], atol=1e-12)
-    assert plot.low[-1] == (100.0, 0.0) and plot.high[-1] == (40.0, CURVE_HEIGHT)
+    low, high = trace_event_free(found.low), trace_event_free(found.high)
+    assert (low["x"][-1], low["y"][-1]) == (100, 1.0)
+    assert (high["x"][-1], high["y"][-1]) == (36, 0.1)  # fewer than five are followed after
+    cells = html.split("high risk</td>")[1].split("</tr>")[0]
+    assert "0.375" in cells and cells.count("too few followed") == 3  # on days 25, 50, 75 and 100

@@ -192,7 +192,7 @@ def _measure_task(work: _Work) -> _Column:
     measured: dict[SectionKey, dict[str, Measured]] = defaultdict(dict)
     audited: dict[SectionKey, dict[str, AuditedCell]] = defaultdict(dict)
     seen: dict[str, Seen] = {}
-    on_page = []
+    on_page, on_page_runs = [], {}
     for (key, name), runs in sorted(by_cell.items()):
         test_sets = [first if path == first.path else read_test_set(path, result) for path, result in runs]
         for test_set in test_sets:
@@ -208,13 +208,14 @@ def _measure_task(work: _Work) -> _Column:
         measured[key][name] = measure([recompute(test_set, weights) for test_set in test_sets], test_sets, seed)
         if key == detailed:
             on_page.append(min(test_sets, key=lambda one: (one.result.draw, one.result.seed)))
+            on_page_runs[name] = [result for _, result in runs]
         if audit is not None:
             if name not in seen:
                 seen[name] = find_seen(audit, runs[0][1].encoder, task.name, first.result.data_hash)
             audited[key][name] = _average_audited([_measure_unseen(test_set, seen[name]) for test_set in test_sets])
     card = _find_card(first.result)
-    facts = {} if card is None else {"licence": card.licence, "citation": card.citation, "note": card.note}
-    page = build_task_page(task, facts, on_page, seed)
+    about = () if card is None else ("licence", "citation", "note", "source")
+    page = build_task_page(task, {name: getattr(card, name) for name in about}, on_page, seed, on_page_runs)
     if ORIGINS[least] == "self_reported":
         page = replace(page, notes=(UNCHECKED, *page.notes))
     return _Column(task, {**{key: {} for key in reported}, **measured}, audited, page, origins, reported)

@@ -1,131 +1,127 @@
-"""The drawings of a task's page as plain numbers: reliability, decision and survival curves, as in `charts`.
+"""What the drawings of a task's page show: a TaskPage in, a spec of `figures_task` with its rows for each place out.
 
-x is in percent of the drawing's width and y in pixels from the top.
+    TaskPage --build_drawings--> {id of the place: Drawing}   --JSON--> the page, where assets/task.js draws them
+
+All numbers are in the page's tables, too: the page reads without a script.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from panfm.board.charts import Tick, choose_axis, label_tick
-from panfm.board.task_pages import EncoderDetails
-from panfm.measures.calibration import ReliabilityBin
+import numpy as np
+from numpy.typing import ArrayLike
+
+from panfm.board.figures_task import (
+    draw_decision_curve,
+    draw_event_free,
+    draw_levels,
+    draw_precision_recall,
+    draw_reliability,
+    draw_roc,
+)
+from panfm.board.task_confusion import MIN_COUNTED_GROUPS
+from panfm.board.task_pages import EncoderDetails, TaskPage
+from panfm.board.vega import Spec
 from panfm.measures.survival import StepCurve
 
-RELIABILITY_HEIGHT = 170  # pixels between 0 and 1
-CURVE_HEIGHT = 200  # pixels between the lowest and the highest grid line
+DIGITS = 4  # of what is drawn: a pixel is a thousandth of a drawing
 LOWEST_BENEFIT = -0.05  # below, treating everybody falls out of every useful scale
 
-
-@dataclass(frozen=True)
-class ReliabilityPoint:
-    """A bin: its mean confidence and the share that was right, with the interval of the latter."""
-
-    x: float
-    y: float
-    y_low: float | None
-    y_high: float | None
-    text: str
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class CurveLine:
-    """Net benefit over threshold probabilities; encoder None: treating everybody."""
+class Drawing:
+    """A spec and what it takes by name."""
 
-    encoder: str | None
-    series: int | None
-    points: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class CurvePlot:
-    """The decision curves of all encoders on one scale."""
-
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    zero: float  # y of treating nobody
-    lines: tuple[CurveLine, ...]
+    spec: Spec
+    data: Mapping[str, Sequence[Row]]
 
 
-@dataclass(frozen=True)
-class FollowUpPlot:
-    """Two curves of one encoder: the share of patients without the event by day, at low and at high risk."""
+def build_drawings(page: TaskPage, series: Mapping[str, int]) -> dict[str, Drawing]:
+    """Build what a task's page draws, by the id of its place. series: number of each encoder's colour."""
 
-    encoder: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    low: tuple[tuple[float, float], ...]
-    high: tuple[tuple[float, float], ...]
+    def start(details: EncoderDetails) -> Row:
+        return {"encoder": details.encoder, "series": series[details.encoder]}
 
-
-def draw_follow_up(details: EncoderDetails) -> FollowUpPlot | None:
-    """Draw the Kaplan-Meier curves on both sides of the cut-off; None where they are not shown."""
-    found = details.follow_up
-    if found is None or found.low is None or found.high is None:
-        return None
-    last = float(max(found.low.times[-1], found.high.times[-1]))
-
-    def place(curve: StepCurve) -> tuple[tuple[float, float], ...]:
-        corners, value = [(0.0, 1.0)], 1.0
-        for day, after in zip(curve.times.tolist(), curve.values.tolist(), strict=True):
-            if after != value or day == curve.times[-1]:  # down at the event, or along to the end of follow-up
-                corners += [(day, value), (day, after)]
-                value = after
-        return tuple((round(100 * day / last, 2), round(CURVE_HEIGHT * (1 - share), 1)) for day, share in corners)
-
-    return FollowUpPlot(
-        encoder=details.encoder,
-        x_ticks=tuple(Tick(20.0 * step, f"{last * step / 5:.0f}") for step in range(6)),
-        y_ticks=tuple(Tick(round(CURVE_HEIGHT * (1 - step / 4), 1), f"{25 * step} %") for step in range(5)),
-        low=place(found.low),
-        high=place(found.high),
-    )
-
-
-def draw_reliability(table: Sequence[ReliabilityBin]) -> tuple[ReliabilityPoint, ...]:
-    """Place the bins of a reliability table in a square from 0 to 1; on the diagonal it keeps what it promises."""
-
-    def locate(value: float) -> float:
-        return round(RELIABILITY_HEIGHT * (1 - value), 1)
-
-    return tuple(
-        ReliabilityPoint(
-            x=round(100 * one.confidence, 2),
-            y=locate(one.right.value or 0.0),
-            y_low=None if one.right.low is None else locate(one.right.low),
-            y_high=None if one.right.high is None else locate(one.right.high),
-            text=f"said {one.confidence:.2f}, was {one.right.value:.2f} ({one.num_images} scored)",
-        )
-        for one in table
-    )
-
-
-def draw_curves(encoders: Sequence[EncoderDetails], series: Mapping[str, int]) -> CurvePlot | None:
-    """Draw the decision curves of all encoders that have one; None where none has."""
-    curves = [(one.encoder, one.curve) for one in encoders if one.curve is not None]
-    if not curves:
-        return None
-    first = curves[0][1]
-    values = [float(value) for _, curve in curves for value in curve.net_benefit]
-    low, high, ticks = choose_axis([max(LOWEST_BENEFIT, value) for value in [0.0, first.treat_all.max(), *values]])
-    last = float(first.thresholds.max())
-
-    def place(thresholds: Sequence[float], benefits: Sequence[float]) -> tuple[tuple[float, float], ...]:
-        return tuple(
-            (round(100 * threshold / last, 2), round(CURVE_HEIGHT * (high - benefit) / (high - low), 1))
-            for threshold, benefit in zip(thresholds, benefits, strict=True)
-            if benefit >= low
-        )
-
-    lines = [CurveLine(None, None, place(first.thresholds.tolist(), first.treat_all.tolist()))]
-    lines += [
-        CurveLine(name, series[name], place(curve.thresholds.tolist(), curve.net_benefit.tolist()))
-        for name, curve in curves
+    found: dict[str, Drawing] = {}
+    curves = [(start(one), one.curves) for one in page.encoders if one.curves is not None]
+    roc = [{**row, **_place(one.roc.x, one.roc.y)} for row, one in curves if one.roc]
+    recall = [
+        {**row, **_place(one.precision_recall.x, one.precision_recall.y)} for row, one in curves if one.precision_recall
     ]
-    return CurvePlot(
-        x_ticks=tuple(Tick(round(100 * step / 5, 2), f"{100 * last * step / 5:.0f} %") for step in range(6)),
-        y_ticks=tuple(
-            Tick(round(CURVE_HEIGHT * (high - value) / (high - low), 1), label_tick(value, ticks)) for value in ticks
-        ),
-        zero=round(CURVE_HEIGHT * high / (high - low), 1),
-        lines=tuple(lines),
-    )
+    if roc and recall:
+        found["drawing-roc"] = Drawing(draw_roc(), {"rows": roc})
+        prevalence = round(page.prevalence or 0.0, DIGITS)
+        found["drawing-precision-recall"] = Drawing(draw_precision_recall(prevalence), {"rows": recall})
+    if bins := [{**start(one), **row} for one in page.encoders for row in _list_bins(one)]:
+        said = "predicted probability" if page.positive else "probability of the most probable class"
+        found["drawing-reliability"] = Drawing(draw_reliability(said), {"rows": bins})
+    benefits = [(start(one), one.curve) for one in page.encoders if one.curve is not None]
+    if benefits:
+        first = benefits[0][1]
+        found["drawing-decision"] = Drawing(
+            draw_decision_curve(LOWEST_BENEFIT),
+            {
+                "rows": [{**row, **_place(one.thresholds, one.net_benefit)} for row, one in benefits],
+                "all": [_place(first.thresholds, first.treat_all)],
+            },
+        )
+    followed = [
+        {**start(one), "risk": risk, **trace_event_free(curve)}
+        for one in page.encoders
+        if one.follow_up is not None
+        for risk, curve in (("low risk", one.follow_up.low), ("high risk", one.follow_up.high))
+        if curve is not None
+    ]
+    if followed:
+        found["drawing-event-free"] = Drawing(draw_event_free(), {"rows": followed})
+    for name in dict.fromkeys(name for one in page.encoders for name in one.subgroups):
+        bars = [{**start(one), **row} for one in page.encoders for row in _list_levels(one, name)]
+        if bars:
+            found[f"drawing-by-{name}"] = Drawing(draw_levels(), {"rows": bars})
+    return found
+
+
+def trace_event_free(curve: StepCurve) -> dict[str, list[float]]:
+    """Trace the curve from day 0 while at least MIN_COUNTED_GROUPS patients are followed: its corners."""
+    days, shares, value = [0.0], [1.0], 1.0
+    for day, after, num in zip(curve.times.tolist(), curve.values.tolist(), curve.at_risk.tolist(), strict=True):
+        if num < MIN_COUNTED_GROUPS:
+            break
+        days.append(day)
+        shares.append(after)
+        value = after
+    return _place([*days, days[-1]], [*shares, value])
+
+
+def _list_bins(details: EncoderDetails) -> list[Row]:
+    return [
+        {"x": _round(one.confidence), "y": _round(one.right.value), "low": _round(one.right.low),
+         "high": _round(one.right.high)}
+        for one in details.reliability
+        if one.num_groups >= MIN_COUNTED_GROUPS
+    ]  # fmt: skip
+
+
+def _list_levels(details: EncoderDetails, name: str) -> list[Row]:
+    """Two bars a level; what is hidden there has no value."""
+    levels = details.subgroups[name].levels if name in details.subgroups else ()
+    return [
+        {"level": level.level.replace("_", " "), "measure": measure, "value": _round(one.value), "low": _round(one.low),
+         "high": _round(one.high)}
+        for measure, number in (("Sensitivity", 0), ("Specificity", 1))
+        for level in levels
+        for one in ((level.sensitivity, level.specificity)[number],)
+        if one.value is not None
+    ]  # fmt: skip
+
+
+def _place(x: ArrayLike, y: ArrayLike) -> dict[str, list[float]]:
+    both = {"x": np.asarray(x, dtype=np.float64), "y": np.asarray(y, dtype=np.float64)}
+    return {name: values.round(DIGITS).tolist() for name, values in both.items()}
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, DIGITS)

@@ -4,6 +4,7 @@
         two classes --thresholds chosen in training--> operating points      --probabilities--> calibration, net benefit
         subgroups of the predictions, one common threshold --> tables with differences to a reference level
         how the diagnosis was confirmed --> all on histology, specificity by type
+        curves, what was taken for what, surest mistakes, provenance --> task_curves, task_confusion, task_errors, ...
 
 One section is detailed, the ranked protocol at the most labels; of each encoder its first draw and seed, as a threshold
 and a calibration belong to one fitted classifier. The reference level is the one that the card declares, else the one
@@ -12,17 +13,21 @@ that most test groups have: that is found without a look at any score. Figures o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from panfm.board.summary import Task, choose_reference
+from panfm.board.task_confusion import ConfusionRow, build_confusion
+from panfm.board.task_curves import Curves, build_curves
+from panfm.board.task_errors import Mistake, find_mistakes
+from panfm.board.task_provenance import Provenance, describe_provenance
 from panfm.board.verify import SAME_VALUE, TestSet
 from panfm.errors import UserError
 from panfm.evaluation.operating import read_thresholds
-from panfm.evaluation.results import MetricValue
+from panfm.evaluation.results import MetricValue, Result
 from panfm.evaluation.subgroup_columns import OTHER
 from panfm.measures.by_family import compute_point, describe_metric
 from panfm.measures.calibration import Calibration, ReliabilityBin, build_reliability_table, estimate_calibration
@@ -102,6 +107,10 @@ class EncoderDetails:
     shares: Mapping[str, tuple[LevelShare, ...]]  # more classes
     confirmation: ConfirmationTable | None
     follow_up: FollowUp | None = None  # survival
+    curves: Curves | None = None  # two classes
+    confusion: tuple[ConfusionRow, ...] = ()
+    mistakes: tuple[Mistake, ...] = ()  # shown with images only, where the user asks for them
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True)
@@ -130,17 +139,26 @@ class TaskPage:
     caution: str | None  # the card's own note
     reference: str | None = None  # the encoder that `right_more` compares with
     right_more: tuple[RightMore, ...] = ()
+    source: str | None = None  # name of its shard set; None: a task of the user's own folder
 
 
-def build_task_page(task: Task, facts: Mapping[str, str | None], test_sets: Sequence[TestSet], seed: int) -> TaskPage:
+def build_task_page(
+    task: Task,
+    facts: Mapping[str, str | None],
+    test_sets: Sequence[TestSet],
+    seed: int,
+    runs: Mapping[str, Sequence[Result]] | None = None,
+) -> TaskPage:
     """Build the page of a task from one test set an encoder, all of one section.
 
-    facts: licence, citation and note of the card, where there is one. seed: of `statistics.compute_bootstrap_seed`.
+    facts: licence, citation, note and source of the card, where there is one. seed: of
+    `statistics.compute_bootstrap_seed`. runs: all Results of each encoder's cell, by name; None: there is one.
 
     Raises UserError for a Result one of whose metrics does not follow from its predictions.
     """
     first = test_sets[0]
     binary = len(task.classes) == 2 and _has_probabilities(first)
+    source = facts.get("source")
     notes = [str(note) for note in first.result.settings.get("split_notes", ())]
     for name, levels in first.subgroups.items():
         known = {level for level in levels if level is not None}
@@ -152,13 +170,22 @@ def build_task_page(task: Task, facts: Mapping[str, str | None], test_sets: Sequ
         protocol=first.result.protocol,
         variant=first.result.variant,
         label_fraction=first.result.label_fraction,
-        encoders=tuple(_describe_encoder(test_set, binary, seed) for test_set in test_sets),
+        encoders=tuple(
+            _look_closer(
+                _describe_encoder(test_set, binary, seed),
+                test_set,
+                binary,
+                describe_provenance((runs or {}).get(test_set.result.encoder.name, [test_set.result]), source),
+            )
+            for test_set in test_sets
+        ),
         positive=task.classes[1] if binary else None,
         prevalence=float((first.labels == 1).mean()) if binary and len(first.labels) else None,
         notes=tuple(notes),
         licence=facts.get("licence"),
         citation=facts.get("citation"),
         caution=facts.get("note"),
+        source=source,
         **_compare_right(test_sets),
     )
 
@@ -237,6 +264,23 @@ def _describe_encoder(test_set: TestSet, binary: bool, seed: int) -> EncoderDeta
         subgroups=tables,
         shares={},
         confirmation=confirmation,
+    )
+
+
+def _look_closer(details: EncoderDetails, test_set: TestSet, binary: bool, provenance: Provenance) -> EncoderDetails:
+    """Add what is drawn image by image: curves, what was taken for what, mistakes; and where all of it comes from."""
+    result, labels, scores, groups = test_set.result, test_set.labels, test_set.scores, test_set.groups
+    details = replace(details, provenance=provenance)
+    if not _has_probabilities(test_set) or len(labels) == 0 or scores.shape[1] != len(result.classes):
+        return details
+    keyed = result.unit.startswith("image")  # other keys are no keys of images
+    return replace(
+        details,
+        curves=build_curves(labels, scores[:, 1], groups) if binary else None,
+        confusion=build_confusion(labels, scores.argmax(axis=1), groups.tolist(), result.classes),
+        mistakes=find_mistakes(test_set.keys.tolist(), labels, scores, groups.tolist(), result.classes)
+        if keyed
+        else (),
     )
 
 

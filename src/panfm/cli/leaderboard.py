@@ -18,6 +18,10 @@ def build(
     task_audit: Annotated[
         list[Path] | None, typer.Option(help="Folder that `panfm evaluate audit` wrote; repeat the option for several.")
     ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="Shard set: pages show patients' images of mistakes, keep them with it; repeat for several."),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Local processes, a task each.")] = 2,
 ) -> None:
     """Build index.html, a page a task, LEADERBOARD.md, leaderboard.csv and .json; equal inputs give equal bytes.
@@ -27,7 +31,9 @@ def build(
     from panfm.board.build import build_leaderboard, format_table
     from panfm.progress import print_output
 
-    summary = build_leaderboard(results, out, audit, task_audits=task_audit or (), processes=processes)
+    summary = build_leaderboard(
+        results, out, audit, task_audits=task_audit or (), images=images or (), processes=processes
+    )
     print_output(format_table(summary))
     typer.echo(f"{out / 'index.html'}: open it in a browser")
 

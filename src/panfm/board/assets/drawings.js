@@ -3,7 +3,7 @@
 // library's own interpreter runs expressions), nothing moves, and a change of scheme or width draws again.
 const drawings = (() => {
   const DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]]; // as vega.py: one encoder from another without colour
-  const NUM_SERIES = 8, MARGIN = 60; // pixels beside a small multiple for its axis
+  const NUM_SERIES = 8, MARGIN = 60; // pixels beside a small multiple for its axis, where its spec names no others
   const shown = new Map(); // element -> how to draw it again
 
   const readColour = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -33,14 +33,14 @@ const drawings = (() => {
   }
 
   function fit(spec, width) {
-    const { cell, square } = spec.usermeta;
+    const { cell, square, margin = cell ? MARGIN : 200 } = spec.usermeta; // names stand at the left, bars at the right
     spec.config.legend.symbolOpacity = 1;
     spec.config.legend.columns = Math.max(1, Math.floor(width / 220));
     if (cell) {
-      spec.columns = Math.max(1, Math.floor(width / (cell + MARGIN)));
-      spec.spec.width = Math.max(160, Math.min(360, width / spec.columns - MARGIN));
+      spec.columns = Math.max(1, Math.floor(width / (cell + margin)));
+      spec.spec.width = Math.max(160, Math.min(360, width / spec.columns - margin));
     } else if (square) spec.width = spec.height = Math.max(160, Math.min(340, width - 40));
-    else spec.width = Math.max(160, Math.min(760, width - 200)); // names stand at the left, bars at the right
+    else spec.width = Math.max(160, Math.min(760, width - margin));
   }
 
   async function draw(element, spec, data) {
