@@ -167,3 +167,5 @@ def test_a_family_where_lower_is_better(tmp_path: Path) -> None:
     assert [one["higher"] for one in plain] == [False, False]
     assert {one["units"] for one in plain} >= {"80 lesions, 40 patients"}
     assert "Spearman" in (tmp_path / "tasks/thickness.html").read_text()
+    # Its protocol is one that this panfm does not know: the numbers stand, a command cannot.
+    assert "No command: protocol other is none of this panfm." in (tmp_path / "tasks/thickness-lesion.html").read_text()

@@ -23,6 +23,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for encoder, strength in ((GOOD, 1.5), (MALICIOUS, 0.8), (FORMULA, 0.4)):
         write_trial(root / "results", encoder, "lesions", strength, num_groups=90, subgroups={"sex": sex})
         write_trial(root / "results", encoder, "diagnoses", strength, classes=5, num_groups=90)
+        write_trial(
+            root / "results", encoder, "wounds", strength, settings={"split_notes": ["of task " + "long_name_" * 12]},
+        )  # fmt: skip
     build_leaderboard([root / "results"], root / "board")
     return root / "board/tasks"
 
@@ -58,7 +61,7 @@ def test_drawings_appear_and_names_stay_text(tasks: Path, open_page: Open) -> No
     assert page.locator("#provenance").is_visible() and page.url.endswith("#provenance")
 
 
-@pytest.mark.parametrize("task", ["lesions", "diagnoses"])
+@pytest.mark.parametrize("task", ["lesions", "diagnoses", "wounds"])
 def test_a_telephone_scrolls_in_tables_only(tasks: Path, open_page: Open, task: str) -> None:
     page = open_page(tasks / f"{task}.html", viewport={"width": 360, "height": 740})
     assert wait_for_drawings(page) > 0

@@ -13,11 +13,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from panfm.config import load_config
 from panfm.encoder.address import parse_address
 from panfm.errors import UserError
+from panfm.evaluation.protocol import Protocol
 from panfm.evaluation.results import Result
 from panfm.evaluation.run_config import EvaluateConfig, count_draws, list_recipes
 
@@ -38,7 +39,7 @@ class Provenance:
     num_runs: int  # of the cell; the hash of predictions is the first run's
     versions: tuple[tuple[str, str], ...]
     chosen: tuple[tuple[str, str], ...]
-    command: str
+    command: str | None  # None: its protocol is none of this panfm's
 
 
 def describe_provenance(results: Sequence[Result], source: str | None) -> Provenance:
@@ -53,7 +54,7 @@ def describe_provenance(results: Sequence[Result], source: str | None) -> Proven
         num_runs=len(results),
         versions=tuple(sorted(first.versions.items())),
         chosen=tuple(_list_chosen(first.settings.get("chosen", {}))),
-        command=write_command(results, source),
+        command=write_command(results, source) if first.protocol in get_args(Protocol) else None,
     )
 
 
