@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from panfm.board.audited import average_audited, measure_unseen
 from panfm.board.cells import Measured, adjust_column, build_cell, compare, measure
 from panfm.board.fairness import FairnessRow, SiteRow, list_fairness, list_left_out, read_told
 from panfm.board.packs.accepted import ORIGINS, Claims, read_claims
@@ -53,7 +54,7 @@ from panfm.evaluation.contamination_list import Audit, Seen, find_seen
 from panfm.evaluation.results import Result, read_results
 from panfm.evaluation.tasks import TaskCard, load_task
 from panfm.executor import run_tasks
-from panfm.measures.by_family import compute_chance, compute_point, count_regime_groups, describe_metric
+from panfm.measures.by_family import compute_chance, count_regime_groups, describe_metric
 from panfm.measures.draws import Floats
 from panfm.measures.statistics import (
     NUM_REPLICATES,
@@ -212,7 +213,7 @@ def _measure_task(work: _Work) -> _Column:
         if audit is not None:
             if name not in seen:
                 seen[name] = find_seen(audit, runs[0][1].encoder, task.name, first.result.data_hash)
-            audited[key][name] = _average_audited([_measure_unseen(test_set, seen[name]) for test_set in test_sets])
+            audited[key][name] = average_audited([measure_unseen(test_set, seen[name]) for test_set in test_sets])
     card = _find_card(first.result)
     about = () if card is None else ("licence", "citation", "note", "source")
     page = build_task_page(task, {name: getattr(card, name) for name in about}, on_page, seed, on_page_runs)
@@ -223,29 +224,6 @@ def _measure_task(work: _Work) -> _Column:
 
 def _get_section_key(result: Result) -> SectionKey:
     return result.synthetic, result.protocol, result.variant, result.label_fraction
-
-
-def _measure_unseen(test_set: TestSet, seen: Seen) -> AuditedCell:
-    """Recompute one Result's primary metric without the images that its encoder has seen."""
-    result = test_set.result
-    if seen.keys is None:
-        return AuditedCell(None, result.num_test, None, seen.reason, seen.choice)
-    if seen.keys and not result.unit.startswith("image"):  # their keys are no keys of images
-        reason = f"the audit lists images of this task, which scores each {result.unit} as one"
-        return AuditedCell(None, result.num_test, None, reason, seen.choice)
-    kept = ~np.isin(test_set.keys, sorted(seen.keys))
-    num_seen = int((~kept).sum())
-    if not kept.any():
-        return AuditedCell(num_seen, result.num_test, None, "every test image was seen", seen.choice)
-    point = compute_point(result.family, result.primary_metric, test_set.outcome.take(kept))
-    return AuditedCell(num_seen, result.num_test, point.value, point.reason, seen.choice)
-
-
-def _average_audited(found: Sequence[AuditedCell]) -> AuditedCell:
-    """One cell of all draws and seeds: they have the same test images and the same encoder."""
-    values = [cell.value for cell in found if cell.value is not None]
-    undefined = next((cell.reason for cell in found if cell.value is None), None)
-    return replace(found[0], value=float(np.mean(values)) if undefined is None else None, reason=undefined)
 
 
 def _order_sections(key: SectionKey) -> tuple[bool, bool, str, bool, str, float]:
