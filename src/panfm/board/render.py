@@ -13,10 +13,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from rich.table import Table
 from rich.text import Text
 
+from panfm import pages
 from panfm.board.summary import LeaderboardSummary, Task
 from panfm.board.words import (
     ORIGINS,
@@ -88,14 +89,8 @@ CSV_COLUMNS = (
 
 
 def build_environment() -> Environment:
-    """Build what turns templates into pages: everything is escaped, an unknown name is an error."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """Build what turns the board's templates into pages, with its formats of numbers."""
+    environment = pages.build_environment(TEMPLATES)
     environment.filters.update(number=format_number, signed=format_signed, percent=format_percent, count=format_count)
     return environment
 

@@ -7,8 +7,6 @@ A page with images holds patients and must stay where the shards may lie. Neithe
 copies are made from the pixels: nothing of a file's header goes along.
 """
 
-import base64
-import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from panfm.data.decode import decode_rgb
+from panfm.pages import encode_thumbnail
 from panfm.shards.index import ShardSet, open_shard_set
 
 MAX_MISTAKES = 12  # of an encoder
@@ -89,8 +88,4 @@ def show_mistakes(
 
 def make_thumbnail(data: bytes) -> str:
     """A small JPEG copy of a stored image as a data: URI."""
-    image = Image.fromarray(decode_rgb(data))
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return encode_thumbnail(Image.fromarray(decode_rgb(data)), SIDE, QUALITY)

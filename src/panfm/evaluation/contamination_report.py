@@ -6,7 +6,6 @@ The page is one file and fetches nothing. It holds pixels of patients, as small 
 lie, under the same access rules, and into no repository and no mail.
 """
 
-import base64
 import csv
 import io
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
+from panfm.pages import build_environment, encode_thumbnail
 from panfm.shards.duplicates import ImageList
 from panfm.shards.pixel_match import orient_image
 from panfm.shards.quality import decode_image
@@ -94,28 +93,23 @@ class InsideReport:
 
 def render_page(manifest: Mapping[str, Any], shown: Mapping[str, Sequence[ShownPair]]) -> str:
     """Render the page of an audit; equal inputs give equal bytes."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pairs = {
         method: [
             {
                 "pair": pair,
                 "images": (
-                    _make_data_url(pair.first_image, pair.orientation),
-                    _make_data_url(pair.second_image, 0),
+                    _make_thumbnail(pair.first_image, pair.orientation),
+                    _make_thumbnail(pair.second_image, 0),
                 ),
             }
             for pair in chosen
         ]
         for method, chosen in shown.items()
     }
-    page = environment.get_template("audit.html.j2").render(
-        manifest=manifest, shown=pairs, titles=METHOD_TITLES, notes=METHOD_NOTES, not_detected=NOT_DETECTED
+    page = (
+        build_environment(TEMPLATES)
+        .get_template("audit.html.j2")
+        .render(manifest=manifest, shown=pairs, titles=METHOD_TITLES, notes=METHOD_NOTES, not_detected=NOT_DETECTED)
     )
     return page.rstrip() + "\n"
 
@@ -154,11 +148,7 @@ def _to_cell(value: Any) -> Any:
     return "" if value is None else value
 
 
-def _make_data_url(data: bytes, orientation: int) -> str:
-    """A small JPEG copy of a stored image as a data URL."""
+def _make_thumbnail(data: bytes, orientation: int) -> str:
     image, _, _ = decode_image(data, short_side=SHOWN_SIDE)
     laid = Image.fromarray(np.ascontiguousarray(orient_image(np.asarray(image.convert("RGB")), orientation)))
-    laid.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    buffer = io.BytesIO()
-    laid.save(buffer, "JPEG", quality=SHOWN_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return encode_thumbnail(laid, SHOWN_SIDE, SHOWN_QUALITY)

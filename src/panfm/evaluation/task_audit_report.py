@@ -6,14 +6,11 @@ Nothing in them tells who somebody is: an image goes by its key (a hash), counts
 there are no ages, places or dates. The page holds pixels, as small copies; it belongs where the shards lie.
 """
 
-import base64
-import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from panfm import __version__
@@ -24,6 +21,7 @@ from panfm.evaluation.task_audit import MIN_GROUPS, TaskAudit
 from panfm.evaluation.tasks import TaskCard
 from panfm.files import write_json, write_text
 from panfm.measures.intervals import Estimate
+from panfm.pages import build_environment, encode_thumbnail
 from panfm.shards.index import ShardSet
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -134,27 +132,17 @@ def show(estimate: Estimate) -> str:
 
 def _render_page(audit: TaskAudit, about: dict[str, Any], split: Split, shard_set: ShardSet) -> str:
     """One file that fetches nothing; equal inputs give equal bytes."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = [
-        {"suspect": suspect, "image": _make_data_url(shard_set.read_image(int(split.rows[suspect.place])))}
+        {"suspect": suspect, "image": _make_thumbnail(shard_set.read_image(int(split.rows[suspect.place])))}
         for suspect in audit.labels.suspects[:SHOWN_SUSPECTS]
     ]
-    page = environment.get_template("task_audit.html.j2").render(
-        audit=audit, about=about, shown=shown, show=show, warning=WARNING, doubt=DOUBT, min_groups=MIN_GROUPS
+    page = (
+        build_environment(TEMPLATES)
+        .get_template("task_audit.html.j2")
+        .render(audit=audit, about=about, shown=shown, show=show, warning=WARNING, doubt=DOUBT, min_groups=MIN_GROUPS)
     )
     return page.rstrip() + "\n"
 
 
-def _make_data_url(data: bytes) -> str:
-    """A small JPEG copy of a stored image as a data URL, made from the pixels: nothing of the file's header stays."""
-    image = Image.fromarray(decode_rgb(data))
-    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=SHOWN_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _make_thumbnail(data: bytes) -> str:
+    return encode_thumbnail(Image.fromarray(decode_rgb(data)), SHOWN_SIDE, SHOWN_QUALITY)

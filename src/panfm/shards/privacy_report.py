@@ -16,10 +16,11 @@ from typing import Any
 
 from panfm.errors import UserError
 from panfm.files import write_text
+from panfm.pages import build_environment
 from panfm.shards.anonymity import SMALL, Anonymity, compute_anonymity
 from panfm.shards.cards import is_answered
 from panfm.shards.index import ShardSet
-from panfm.shards.review import get_environment, read_review_state
+from panfm.shards.review import TEMPLATES, read_review_state
 from panfm.shards.text_scan import OLD_AGE
 
 OPEN = "OPEN"
@@ -399,7 +400,7 @@ def _capital(text: str) -> str:
 
 def render_page(report: PrivacyReport) -> str:
     """Render the page as one HTML file that fetches nothing."""
-    template = get_environment().get_template("privacy.html.j2")
+    template = build_environment(TEMPLATES).get_template("privacy.html.j2")
     return template.render(report=report, pseudonymised=PSEUDONYMISED, flow=FLOW, marker=OPEN).rstrip() + "\n"
 
 

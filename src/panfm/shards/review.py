@@ -8,7 +8,6 @@ Decisions are never overwritten: a later one about the same image gets a higher 
 stand in quarantine.csv (flagged ones as rejected_in_review, others as missed_by_screening) and in forgotten.json.
 """
 
-import base64
 import csv
 import io
 import re
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from panfm.errors import UserError
 from panfm.files import write_text
+from panfm.pages import build_environment, encode_thumbnail
 from panfm.shards.index import ShardSet, open_shard_set
 from panfm.shards.screening import FLAG_KINDS, SCREENING_VERSION, Flag, screen_images
 
@@ -34,7 +33,7 @@ FLAGS_FILE, DECISIONS_FILE, SHEET_FILE = "flags.csv", "decisions.csv", "index.ht
 FLAG_COLUMNS = ("version", "key", "kind", "left", "top", "width", "height", "score")
 DECISION_COLUMNS = ("version", "key", "decision", "flags", "by", "date")
 REJECTED, MISSED = "rejected_in_review", "missed_by_screening"  # reasons in quarantine.csv
-THUMBNAIL_SIDE = 560  # pixels: a person must be able to read what is written
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 560, 82  # pixels: a person must be able to read what is written
 
 Verdict = Literal["keep", "remove"]
 INITIALS = re.compile(r"[\w.-]{1,12}")
@@ -178,7 +177,7 @@ def write_sheet(
     chosen += [others[place] for place in order.tolist()]
     images = [_draw_entry(shard_set, rows[key], by_key.get(key, [])) for key in chosen[:limit]]
     page = (
-        get_environment()
+        build_environment(TEMPLATES)
         .get_template("review.html.j2")
         .render(
             source=shard_set.source,
@@ -200,11 +199,7 @@ def write_sheet(
 def _draw_entry(shard_set: ShardSet, row: int, flags: list[Flag]) -> dict[str, Any]:
     with Image.open(io.BytesIO(shard_set.read_image(row))) as image:
         width, height = image.size
-        picture = image.convert("RGB")
-    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    picture.info = {}
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
+        thumbnail = encode_thumbnail(image, THUMBNAIL_SIDE, THUMBNAIL_QUALITY)
     boxes = [
         {
             "kind": flag.kind,
@@ -221,19 +216,8 @@ def _draw_entry(shard_set: ShardSet, row: int, flags: list[Flag]) -> dict[str, A
         "kinds": [kind for kind in FLAG_KINDS if any(flag.kind == kind for flag in flags)],
         "boxes": boxes,
         "ratio": round(width / height, 4),
-        "data": base64.b64encode(buffer.getvalue()).decode(),
+        "thumbnail": thumbnail,
     }
-
-
-def get_environment() -> Environment:
-    """The templates of this room's pages; everything is escaped."""
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 # ------------------------------------------------------------------------------------------------ decisions

@@ -5,8 +5,6 @@
 The page holds patients' images and is written only where somebody asks for it. No keys stand on it.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,10 @@ from panfm.board.reports.document import NO_DIAGNOSIS
 from panfm.board.reports.pictures import Points
 from panfm.data.decode import decode_rgb
 from panfm.files import write_text
+from panfm.pages import encode_thumbnail
 from panfm.shards.index import ShardSet
 
-SIDE = 160  # pixels of a thumbnail
+SIDE, QUALITY = 160, 85  # pixels of a thumbnail, JPEG
 WARNING = (
     "This page holds images of patients. Keep it where the shards may lie, look for faces and writing before anybody "
     "else sees it, and do not publish it."
@@ -33,7 +32,7 @@ WARNING = (
 class Tile:
     """A thumbnail with what is known of it. similarity: cosine to the image of its row; None: that image itself."""
 
-    data: str  # base64 of a JPEG
+    image: str  # data: URI
     caption: str
     similarity: float | None
 
@@ -89,12 +88,9 @@ def write_neighbours(
 def _make_tile(points: Points, shard_sets: Sequence[ShardSet], place: int, similarity: float | None) -> Tile:
     number, row = points.owners[place]
     image = Image.fromarray(decode_rgb(shard_sets[number].read_image(row)))
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
     known = [
         f"skin type {levels[place]}" if name == "phototype" else f"{levels[place]}"
         for name, levels in points.columns.items()
         if name != "source" and levels[place]
     ]
-    return Tile(base64.b64encode(buffer.getvalue()).decode(), ", ".join(known).replace("_", " "), similarity)
+    return Tile(encode_thumbnail(image, SIDE, QUALITY), ", ".join(known).replace("_", " "), similarity)
