@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.cli.test_main import assert_one_line, panfm
+from tests.cli.commands import assert_one_line, panfm
 from tests.shards.pictures import COPIES, draw_skin
 
 

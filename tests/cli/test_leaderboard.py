@@ -1,37 +1,16 @@
 """`panfm leaderboard submit` and `verify` as a submitter, the keeper of a board and a hospital meet them."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from panfm.board.packs.format import read_pack
 from panfm.board.standings import compute_standings
-from panfm.cli.main import main
 from tests.board.committed import TASK, write_committed
 from tests.board.fabricated import write_trial
-
-Panfm = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def panfm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Panfm:
-    """panfm(*words): the command's exit code, what it printed, and what it said on standard error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["panfm", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        shown = capsys.readouterr()
-        return int(end.value.code or 0), shown.out, shown.err
-
-    return run
+from tests.cli.commands import panfm
 
 
-def test_submit_says_what_leaves_and_verify_what_it_is_worth(panfm: Panfm, tmp_path: Path) -> None:
+def test_submit_says_what_leaves_and_verify_what_it_is_worth(tmp_path: Path) -> None:
     write_committed(tmp_path / "results", "ours", 2.0)
     write_committed(tmp_path / "results", "theirs", 1.0)
     pack = tmp_path / "ours.zip"
@@ -52,7 +31,7 @@ def test_submit_says_what_leaves_and_verify_what_it_is_worth(panfm: Panfm, tmp_p
     assert compute_standings([tmp_path / "accepted"]).summary.num_results == 1
 
 
-def test_a_refusal_is_one_line_and_exit_code_1(panfm: Panfm, tmp_path: Path) -> None:
+def test_a_refusal_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     write_committed(tmp_path / "results", "ours", 2.0)
     write_committed(tmp_path / "own", "ours", 0.5)
     pack, report = tmp_path / "ours.zip", tmp_path / "report.json"
@@ -66,7 +45,7 @@ def test_a_refusal_is_one_line_and_exit_code_1(panfm: Panfm, tmp_path: Path) -> 
     assert (values["refused"], values["packs"][0]["refusals"]) == (1, [line.removeprefix("refused: ")])
 
 
-def test_a_hospital_is_pointed_to_aggregates_and_sends_them(panfm: Panfm, tmp_path: Path) -> None:
+def test_a_hospital_is_pointed_to_aggregates_and_sends_them(tmp_path: Path) -> None:
     write_trial(tmp_path / "results", "ours", "our_own_lesions", 2.0, num_groups=60)
     pack = tmp_path / "figures.zip"
     code, _, fault = panfm("leaderboard", "submit", tmp_path / "results", "--out", pack)
@@ -78,7 +57,7 @@ def test_a_hospital_is_pointed_to_aggregates_and_sends_them(panfm: Panfm, tmp_pa
     assert code == 0 and "1 self-reported" in said
 
 
-def test_what_is_no_zip_or_no_results_folder_is_said(panfm: Panfm, tmp_path: Path) -> None:
+def test_what_is_no_zip_or_no_results_folder_is_said(tmp_path: Path) -> None:
     write_committed(tmp_path / "results", "ours", 2.0)
     code, _, fault = panfm("leaderboard", "submit", tmp_path / "results", "--out", tmp_path / "ours.tar")
     assert code == 2 and "a pack is a zip file" in fault

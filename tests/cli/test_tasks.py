@@ -2,37 +2,18 @@
 
 import csv
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import yaml
 
-from panfm.cli.main import main
 from panfm.evaluation.families import Family
 from panfm.evaluation.tasks import list_tasks, load_task
 from panfm.shards.cards import load_card
 from panfm.shards.synthetic import write_archive
 from panfm.shards.writer import BuildOptions, build_shards
-
-Panfm = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def panfm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Panfm:
-    """panfm(*words): the command's exit code, what it printed, and what it said on standard error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["panfm", *map(str, words)])
-        capsys.readouterr()  # what a build said before
-        with pytest.raises(SystemExit) as end:
-            main()
-        shown = capsys.readouterr()
-        return int(end.value.code or 0), shown.out, shown.err
-
-    return run
+from tests.cli.commands import panfm
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +27,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-def test_every_synthetic_task_is_checked_on_one_screen(drawn: dict[str, Path], panfm: Panfm) -> None:
+def test_every_synthetic_task_is_checked_on_one_screen(drawn: dict[str, Path]) -> None:
     tasks = [name for name in list_tasks() if load_task(name).synthetic]
     for name in tasks:
         card = load_task(name)
@@ -73,7 +54,7 @@ def test_every_synthetic_task_is_checked_on_one_screen(drawn: dict[str, Path], p
     assert families == [family for family in get_args(Family) if family in families] and len(families) == 11
 
 
-def test_what_a_user_gets_wrong_is_one_clear_line(panfm: Panfm, tmp_path: Path) -> None:
+def test_what_a_user_gets_wrong_is_one_clear_line(tmp_path: Path) -> None:
     card = yaml.safe_load(list_tasks()["ham10000_malignancy"].read_text())
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**card, "name": "mine", "clases": ["a", "b"]}))
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({**card, "name": "other", "label": "dx"}))
@@ -100,7 +81,7 @@ def test_what_a_user_gets_wrong_is_one_clear_line(panfm: Panfm, tmp_path: Path) 
     ],
 )
 def test_real_shards_built_small(
-    card: str, folder: str, task: str, left_out: int, real_data: Path, tmp_path: Path, panfm: Panfm
+    card: str, folder: str, task: str, left_out: int, real_data: Path, tmp_path: Path
 ) -> None:
     raw, num_images = tmp_path / "raw", 240
     with (real_data / folder / "manifest.csv").open(newline="") as file:

@@ -13,6 +13,8 @@ from PIL import Image
 from panfm.shards.cards import SourceCard
 from panfm.shards.packing import BuildOptions
 from panfm.shards.writer import build_shards
+from tests.forks import Forked, be_panfm, start
+from tests.ranks import run_panfm_ranks
 
 CONFIG = """
 data: {{shards: [{shards}], exclude: {{tasks: none}}, workers: 1}}
@@ -126,24 +128,32 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_labelled(tmp_path_factory.mktemp("held_out"), "held", rows)
 
 
-def start_pretrain(
+def start_pretrain(config: Path, out: Path, *overrides: str) -> Forked:
+    """Start `panfm pretrain` as one process, forked (see tests.forks)."""
+    return start(be_panfm, list_words(config, out, *overrides), log=out.with_name(f"{out.name}.log"))
+
+
+def run_pretrain(config: Path, out: Path, *overrides: str, ranks: int = 0) -> tuple[int, str]:
+    """Run it, forked, to its end, on so many ranks if any; returns the exit code and all that it printed."""
+    return run_panfm_ranks(list_words(config, out, *overrides), ranks, out.with_name(f"{out.name}.log"))
+
+
+def list_words(config: Path, out: Path, *overrides: str) -> list[str]:
+    return ["pretrain", str(config), *overrides, "--out", str(out)]
+
+
+def launch_pretrain(
     config: Path, out: Path, *overrides: str, ranks: int = 0, environment: dict[str, str] | None = None
-) -> subprocess.Popen[str]:
-    """Start `panfm pretrain` as a user would: directly (ranks 0) or under torchrun."""
+) -> tuple[int, str]:
+    """The same as a user has it, with an interpreter that imports everything: directly (ranks 0) or under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    command = [sys.executable, *launcher, "-m", "panfm", "pretrain", str(config), *overrides, "--out", str(out)]
-    return subprocess.Popen(
-        command,
+    ended = subprocess.run(
+        [sys.executable, *launcher, "-m", "panfm", *list_words(config, out, *overrides)],
         env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
+        timeout=300,
+        check=False,
     )
-
-
-def run_pretrain(config: Path, out: Path, *overrides: str, ranks: int = 0, **keywords: object) -> tuple[int, str]:
-    """Run it to its end; returns the exit code and all that it printed."""
-    process = start_pretrain(config, out, *overrides, ranks=ranks, **keywords)  # type: ignore[arg-type]
-    printed, _ = process.communicate(timeout=300)
-    return process.returncode, printed
+    return ended.returncode, ended.stdout

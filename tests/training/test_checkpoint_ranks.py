@@ -1,12 +1,9 @@
 """A run that goes on with more ranks, fewer, under other ZeRO stages: same samples and state, nearly same losses."""
 
 import json
-import multiprocessing
 import os
 import resource
 import socket
-import traceback
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +31,7 @@ from panfm.training.checkpoint import (
 )
 from panfm.training.checkpoint_writer import start_checkpoint, write_checkpoint
 from panfm.training.plan import PretrainConfig
+from tests.forks import call_all
 from tests.training.test_checkpoint import FACTS
 
 BATCH_SIZE, STEPS = 12, 2  # of each phase
@@ -127,15 +125,6 @@ def is_same(one: Path, other: Path) -> bool:
     return same_keys and all(torch.equal(tensor, other_tensors[name]) for name, tensor in tensors.items())
 
 
-def play_or_die(rank: int, ports: list[int], settings: Path, folder: Path) -> list[Played | None]:
-    """`play`; a rank that fails says why and goes, or the others would wait for it."""
-    try:
-        return play(rank, ports, settings, folder)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
 def play(rank: int, ports: list[int], settings: Path, folder: Path) -> list[Played | None]:
     """This rank's part of all phases, each in a process group of its own; None where it takes no part."""
     torch.set_num_threads(1)
@@ -194,9 +183,8 @@ def played(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         ports = [probe.getsockname()[1] for probe in probes]
-    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
-        calls = [pool.submit(play_or_die, rank, ports, config, folder) for rank in range(3)]
-        return folder, [call.result(timeout=900) for call in calls]
+    calls = [(play, (rank, ports, config, folder), {}) for rank in range(3)]
+    return folder, call_all(calls, timeout=900)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ OVERRIDES = (
     "checkpoint={save_every: 1, keep_last: 9}",
     "optim.freeze_encoder_samples=32",
     "monitor.every=0",
+    "data.workers=0",
 )
 
 

@@ -1,9 +1,6 @@
 """The doctor on one process and on ranks: each check finds the fault that it is for, and says a way out."""
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from panfm.training.doctor_ranks import (
     merge_checks,
 )
 from panfm.training.plan import PretrainConfig
+from tests.ranks import run_panfm_ranks
 
 CPU = torch.device("cpu")
 
@@ -99,19 +97,12 @@ def test_ranks_that_talk_more_than_they_work_are_told(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_under_torchrun_two_ranks_are_examined_and_rank_0_prints_one_list(
-    config: Path, shards: Path, tmp_path: Path
+def test_two_ranks_are_examined_and_rank_0_prints_one_list(
+    config: Path, shards: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "panfm"]
-    run = subprocess.run(
-        [*command, "doctor", "--config", str(config), "--shards", str(shards), "--folder", str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    lines = run.stdout.splitlines()
+    words = ["doctor", "--config", str(config), "--shards", str(shards), "--folder", str(tmp_path)]
+    _, printed = run_panfm_ranks(words, 2, tmp_path_factory.mktemp("doctor") / "log")
+    lines = printed.splitlines()
     for name, said in {
         "same versions": "on all 2 ranks",
         "all-reduce": "gloo, 2 ranks: ",

@@ -1,8 +1,6 @@
 """The plan of a run: what is computed is what a run then shows, and nothing is written."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from panfm.training.dry_run import DryRun, describe_dry_run, dry_run
 from panfm.training.flops import compute_run_cost, compute_run_memory
 from panfm.training.memory import SavedTensors, compute_state_bytes
 from panfm.training.plan import PretrainConfig
+from tests.cli.commands import panfm
 
 
 def load(config: Path, *overrides: str) -> PretrainConfig:
@@ -55,15 +54,11 @@ def test_counted_memory_is_that_of_a_real_step(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_plan_and_writes_nothing(config: Path, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "panfm", "pretrain", str(config), "--dry-run", "--out", str(tmp_path / "run")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def test_the_command_prints_the_plan_and_writes_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = panfm("pretrain", config, "--dry-run", "--out", tmp_path / "run")
     assert run.returncode == 0, run.stderr
     assert list(tmp_path.iterdir()) == []
     for said in (

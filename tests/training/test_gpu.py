@@ -8,7 +8,7 @@ import torch
 
 from panfm.tracking import read_metrics
 from panfm.training.checkpoint import list_checkpoints
-from tests.training.conftest import run_pretrain
+from tests.training.conftest import launch_pretrain
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 TOLERANCE = 2e-3  # of a loss after 8 steps: other kernels, other orders of sums
@@ -26,7 +26,7 @@ def read_losses(out: Path) -> list[float]:
 
 def train(config: Path, out: Path, *overrides: str, ranks: int = 0, gpus: bool = True) -> list[float]:
     environment = None if gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    code, printed = run_pretrain(config, out, *overrides, ranks=ranks, environment=environment)
+    code, printed = launch_pretrain(config, out, *overrides, ranks=ranks, environment=environment)
     assert code == 0, printed
     return read_losses(out)
 

@@ -21,7 +21,7 @@ from panfm.training.memory import compute_checkpoint_bytes
 from panfm.training.pretrain import PretrainConfig, pretrain
 from panfm.training.runs import read_run
 from tests.encoder.test_export import SMALL, make_checkpoint
-from tests.training.conftest import run_pretrain, start_pretrain
+from tests.training.conftest import launch_pretrain, run_pretrain, start_pretrain
 
 EXACT = ("step", "samples_seen", "loss", "lr", "grad_norm")
 
@@ -43,9 +43,9 @@ def hash_state(out: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of eight steps that nothing stopped."""
+    """The run folder of eight steps that nothing stopped, by a process that imported everything by itself."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    code, printed = run_pretrain(config, out)
+    code, printed = launch_pretrain(config, out)
     assert code == 0, printed
     return out
 
@@ -92,7 +92,7 @@ def test_killed_and_resumed_is_bit_identical(config: Path, whole: Path, tmp_path
     wait_for(out / "checkpoints" / "step-00000004", process)
     os.killpg(process.pid, signal.SIGKILL)  # the trainer and its loader workers, as when a machine dies
     process.communicate()
-    code, printed = run_pretrain(config, out)
+    code, printed = run_pretrain(config, out, "data.workers=0")  # who decodes decides nothing
     assert code == 0, printed
     assert "going on from" in printed
     assert hash_state(out) == hash_state(whole)
@@ -103,14 +103,14 @@ def test_killed_and_resumed_is_bit_identical(config: Path, whole: Path, tmp_path
 @pytest.mark.slow
 def test_a_signal_ends_the_run_saved_with_code_75(config: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
-    process = start_pretrain(config, out, "checkpoint.save_every=100")
+    process = start_pretrain(config, out, "checkpoint.save_every=100", "data.workers=0")
     wait_for(out / "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 75, printed
     assert "stopped by a signal after step" in printed
     assert len(list_checkpoints(out)) == 1
-    code, printed = run_pretrain(config, out)
+    code, printed = run_pretrain(config, out, "data.workers=0")
     assert code == 0, printed
     assert hash_state(out) == hash_state(whole)
     assert read_curve(out) == read_curve(whole)
@@ -121,7 +121,7 @@ def test_two_ranks_draw_the_same_samples_and_resume_exactly(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Stochastic depth draws by rank, so the comparison with one process is made without it.
-    plain = ("encoder.drop_path_rate=0", "schedule.total_samples=64")
+    plain = ("encoder.drop_path_rate=0", "schedule.total_samples=64", "data.workers=0")
     one, two = tmp_path / "one", tmp_path / "two"
     pretrain(load_config(PretrainConfig, config, plain), out=one, excluded=Exclusion())
     code, printed = run_pretrain(config, two, *plain, ranks=2)
@@ -155,7 +155,7 @@ def test_trains_without_a_compiler(config: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     environment = {"PATH": str(tmp_path / "bin"), "CXX": "", "CC": "", "TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
     out = tmp_path / "run"
-    code, printed = run_pretrain(config, out, "schedule.total_samples=32", ranks=2, environment=environment)
+    code, printed = launch_pretrain(config, out, "schedule.total_samples=32", ranks=2, environment=environment)
     assert code == 0, printed
     assert len(read_losses(out)) == 2
     assert not (tmp_path / "built").exists()
