@@ -8,9 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from panfm.data.decode import DecodeError, compute_dct_scale, decode_crop, decode_rgb, load_crops, open_image
+from panfm.data.decode import (
+    DecodeError,
+    compute_dct_scale,
+    decode_crop,
+    decode_rgb,
+    decode_upright,
+    load_crops,
+    open_image,
+)
+from panfm.data.transforms import EvalTransform
 
 Encode = Callable[..., bytes]
 
@@ -145,6 +154,33 @@ def test_a_jpeg_stays_as_it_is_stored_whatever_its_exif_says(make_bytes: Encode)
     assert open_image(data).size == (200, 150)
     np.testing.assert_array_equal(decode_rgb(data), decode_rgb(make_bytes(picture, quality=95)))
     assert compute_psnr(decode_crop(data, (10, 20, 110, 120), 96), resize_fully(data, (10, 20, 110, 120), 96)) >= 35
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_files_are_turned_as_their_camera_says(kind: str) -> None:
+    for orientation in range(1, 9):
+        data = encode_turned(kind, orientation)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        np.testing.assert_array_equal(decode_upright(data), np.asarray(upright))
+
+
+def test_damaged_exif_counts_as_none() -> None:
+    data = encode_turned("JPEG", 6)
+    torn = data.replace(b"Exif\0\0MM", b"Exif\0\0XX").replace(b"Exif\0\0II", b"Exif\0\0XX")
+    assert torn != data
+    np.testing.assert_array_equal(decode_upright(torn), decode_rgb(data))
+
+
+def encode_turned(kind: str, orientation: int) -> bytes:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    draw_texture(4, 70, 50).save(buffer, kind, exif=exif)
+    return buffer.getvalue()
+
+
+def test_an_image_too_narrow_to_be_resized_is_refused(make_bytes: Encode) -> None:
+    with pytest.raises(DecodeError, match="too_narrow"):
+        EvalTransform(224, 256).apply(make_bytes(Image.new("RGB", (60_000, 16)), "PNG"))
 
 
 @pytest.mark.parametrize("kind", ["rgb", "transparent", "palette", "see-through palette", "grey", "16 bit", "webp"])

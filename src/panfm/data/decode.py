@@ -7,7 +7,8 @@ A JPEG goes through simplejpeg (libjpeg-turbo into a numpy array). One that is m
 1/2, 1/4 or 1/8 of its size inside the DCT, then resized once in uint8 with an antialiasing filter. What simplejpeg does
 not read without a complaint (CMYK, damaged files) goes through Pillow, and so do PNG, WebP and TIFF: Pillow alone says
 what is an image and what is not, and where both decode a JPEG their pixels are the same. Orientation and colour profile
-were applied when the shards were written. The same bytes and boxes give the same pixels on one machine.
+were applied when the shards were written; `decode_upright` is for files as cameras write them. The same bytes and boxes
+give the same pixels on one machine.
 
 What was measured and lost (torchvision's decoder, Pillow's draft mode, OpenCV, PyTurboJPEG, faster chroma, leaving out
 rows below the crop) is in docs/lab_log.md. At 2 bits a pixel three quarters of what a scaled decode costs is reading
@@ -23,8 +24,11 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.nn.functional import interpolate
+
+from panfm.shards.pixels import turn_upright
+from panfm.shards.quality import FORMATS
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in full-resolution pixels, x1 and y1 exclusive
 
@@ -32,6 +36,8 @@ DCT_SCALES = (8, 4, 2)
 DCT_MARGIN = 1.25  # pixels that a scaled crop keeps for one of the output; 1.0 came within 1 dB of the 35 dB rule
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, here an error instead of a warning
 JPEG_START = b"\xff\xd8\xff"
+# One of them is in every file that states an orientation; Pillow need not open the others for it.
+ORIENTATION_MARKS = (b"Exif", b"exif", b"EXIF", b"eXIf", b"Orientation", b"irot", b"imir")
 JPEG_COLOURS = ("YCbCr", "Gray", "RGB")  # libjpeg-turbo turns them into RGB; CMYK needs Pillow's eye for Adobe's mark
 
 
@@ -72,6 +78,11 @@ def decode_rgb(data: bytes) -> NDArray[np.uint8]:
     image = open_image(data)
     pixels = _decode_jpeg(image, scale=1) if image.opened is None else None
     return np.asarray(_load_with_pillow(image)) if pixels is None else pixels
+
+
+def decode_upright(data: bytes) -> NDArray[np.uint8]:
+    """Decode as `decode_rgb` does and turn as the EXIF orientation says: uint8 [H, W, 3]. Raises DecodeError."""
+    return turn_upright(decode_rgb(data), _read_orientation(data))
 
 
 def decode_crop(data: bytes, box: Box, size: int) -> NDArray[np.uint8]:
@@ -137,14 +148,26 @@ def _decode_jpeg(image: StoredImage, scale: int) -> NDArray[np.uint8] | None:
     return pixels
 
 
+def _read_orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none or it is damaged, and for TIFF, which Pillow turns itself."""
+    if not any(mark in data for mark in ORIENTATION_MARKS):
+        return 1
+    try:
+        image = _open_with_pillow(data)
+        orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # any: Pillow's EXIF parser raises what damaged bytes make it raise, and EXIF is optional
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
 def _open_with_pillow(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's bomb warning; the limit is enforced in `open_image`
-            return Image.open(io.BytesIO(data))
+            return Image.open(io.BytesIO(data), formats=FORMATS)  # no EPS, which Pillow hands to another program
     except Image.DecompressionBombError:
         raise DecodeError("decompression_bomb") from None
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, RuntimeError):  # the last: a damaged AVIF
         raise DecodeError("undecodable") from None
 
 
@@ -152,7 +175,7 @@ def _load_with_pillow(stored: StoredImage) -> Image.Image:
     image = stored.opened if stored.opened is not None else _open_with_pillow(stored.data)
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError, IndexError) as error:
+    except (OSError, ValueError, SyntaxError, IndexError, RuntimeError) as error:
         raise DecodeError("truncated" if "truncated" in str(error) else "undecodable") from None
     if image.mode == "RGB":
         return image

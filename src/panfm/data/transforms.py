@@ -25,7 +25,16 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from panfm.config import config_class
-from panfm.data.decode import Box, StoredImage, compute_dct_scale, decode_rgb, load_crops, open_image
+from panfm.data.decode import (
+    MAX_PIXELS,
+    Box,
+    DecodeError,
+    StoredImage,
+    compute_dct_scale,
+    decode_upright,
+    load_crops,
+    open_image,
+)
 from panfm.shards.schema import Modality
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -315,11 +324,13 @@ class EvalTransform:
         assert 0 < self.image_size <= self.resize_size, (self.image_size, self.resize_size)
 
     def apply(self, data: bytes) -> NDArray[np.uint8]:
-        """Decode, resize with antialiasing, crop the centre: uint8 [3, image_size, image_size]. Raises DecodeError."""
-        image = Image.fromarray(decode_rgb(data))
+        """Decode upright, resize with antialiasing, crop the centre: uint8 [3, S, S]. Raises DecodeError."""
+        image = Image.fromarray(decode_upright(data))
         width, height = image.size
         shorter = min(width, height)
         target = (int(self.resize_size * width / shorter), int(self.resize_size * height / shorter))
+        if target[0] * target[1] > MAX_PIXELS:
+            raise DecodeError("too_narrow")
         if target != image.size:
             image = image.resize(target, Image.Resampling[self.interpolation.upper()])
         left, top = round((target[0] - self.image_size) / 2), round((target[1] - self.image_size) / 2)
