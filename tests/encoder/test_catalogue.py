@@ -34,6 +34,7 @@ def test_weights_are_here_when_they_are_in_the_cache(tmp_path: Path, monkeypatch
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), snapshot / "model.safetensors")
     (offer, *_) = list_encoders(SMALL)
     encoder = load_encoder(offer.address)
+    assert offer.feature == f"{encoder.embed_dim}, {encoder.pooling}, {encoder.image_size} px" == "64, cls, 160 px"
     assert offer.ready and encoder.card.num_parameters == offer.num_parameters
     assert encoder.card.licence == offer.licence == "apache-2.0"
     assert format_size(offer) == f"{offer.num_parameters / 1e6:.0f} M, {offer.num_parameters * 4 / 1e6:.0f} MB"

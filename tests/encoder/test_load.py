@@ -289,7 +289,7 @@ def test_what_cannot_be_read_is_refused_with_the_way_out(tmp_path: Path) -> None
         f"timm:test_vit@{tmp_path / 'torn.safetensors'}": "damaged or not a safetensors file",
         f"timm:test_vit@{tmp_path / 'absent.safetensors'}": "no such weights file",
         f"timm:test_vit@{tmp_path / 'w.npz'}": "read from .safetensors files only",
-        f"hf:{tmp_path / 'pickled'}": "pytorch_model.bin: a .bin file is a pickle",
+        f"hf:{tmp_path / 'pickled'}": r"pytorch_model.bin: no state_dict found \(no weights\)",
         f"hf:{tmp_path / 'foreign'}": "no key architecture, so it is not in timm's layout",
         f"hf:{tmp_path}": "config.json is missing; an encoder folder holds",
         f"panfm:{tmp_path}": "no panfm.json, so it is no export",

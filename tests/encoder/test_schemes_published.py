@@ -194,6 +194,58 @@ def test_an_open_clip_file_is_an_encoder_or_refused(small_models: None, tmp_path
         build_tower("panfm-vit", {"cls_token": torch.zeros(1)}, "file")
 
 
+def test_a_tag_of_open_clips_is_found_in_the_cache_or_not_at_all(
+    small_models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+    from open_clip import pretrained
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    record = {"hf_hub": "lab/small/", "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    monkeypatch.setitem(pretrained._PRETRAINED, "panfm-vit", {"ours": record, "quick": record | {"quick_gelu": True}})
+    with pytest.raises(UserError, match=r"not in the local cache.*`hf download lab/small open_clip_model.safetensors`"):
+        load_encoder("open_clip:panfm-vit@ours")
+    snapshot = tmp_path / "models--lab--small/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--lab--small/refs").mkdir()
+    (tmp_path / "models--lab--small/refs/main").write_text("abc")
+    state = open_clip.create_model("panfm-vit", load_weights=False).state_dict()
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in state.items()}, snapshot / "open_clip_model.safetensors"
+    )
+    encoder = load_encoder("open_clip:panfm-vit@ours")
+    assert (encoder.name, encoder.transform.mean) == ("panfm-vit@ours", (0.1, 0.2, 0.3))
+    assert torch.equal(encoder.module.model.norm.weight, state["visual.ln_post.weight"])
+    with pytest.raises(UserError, match="quick was trained with QuickGELU, which panfm-vit has not"):
+        load_encoder("open_clip:panfm-vit@quick")
+    with pytest.raises(UserError, match="other is no file"):
+        load_encoder("open_clip:panfm-vit@other")
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "prefix", "num_tensors", "num_parameters"),
+    [(768, 12, "", 186, 85_807_872), (1024, 24, PREFIX, 366, 303_326_208)],
+)
+def test_the_published_sizes_load_to_the_last_tensor(
+    width: int, depth: int, prefix: str, num_tensors: int, num_parameters: int
+) -> None:
+    """PanDerm's ViT-B (names as they are) and ViT-L (behind `encoder.`), by the names and shapes of their files."""
+    wide = {key: tuple(size // WIDTH * width if size % WIDTH == 0 else size for size in value.shape)
+            for key, value in make_weights().items()}  # fmt: skip
+    block = {key.removeprefix("blocks.0."): shape for key, shape in wide.items() if key.startswith("blocks.0.")}
+    shapes = {key: shape for key, shape in wide.items() if not key.startswith("blocks.")}
+    shapes |= {"pos_embed": (1, 197, width), "patch_embed.proj.weight": (width, 3, 16, 16)}
+    shapes |= {f"blocks.{number}.{key}": shape for number in range(depth) for key, shape in block.items()}
+    with torch.device("meta"):
+        weights = {prefix + key: torch.empty(shape) for key, shape in shapes.items()}
+        model, pooling, shape = convert_panderm(weights, "file")
+    assert len(weights) == num_tensors and pooling == "cls"
+    assert (shape.image_size, shape.num_heads, shape.depth) == (224, width // 64, depth)
+    assert sum(tensor.numel() for tensor in weights.values()) == num_parameters
+    zeros = depth * width  # the biases of the keys, which the file leaves out
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters + zeros
+
+
 def test_code_of_the_users_own_runs_only_where_that_was_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

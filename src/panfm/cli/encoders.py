@@ -8,7 +8,7 @@ import typer
 def run(
     ready: Annotated[bool, typer.Option("--ready", help="Only those that load as things stand.")] = False,
 ) -> None:
-    """List encoders with their address, licence, size and whether their weights are on this machine.
+    """List encoders: address, licence, size, feature (dimension, pooling, image size), and whether they are here.
 
     Nothing is downloaded. Where weights are missing, the command that fetches them is shown: run it where there is a
     network, and carry the cache or the file over.
@@ -22,11 +22,11 @@ def run(
     from panfm.progress import print_output
 
     table = Table(title="Encoders that panfm reads", title_justify="left")
-    for head in ("Encoder", "Address", "Licence", "Size", "Trained on", "Weights"):
+    for head in ("Encoder", "Address", "Licence", "Size", "Feature", "Trained on", "Weights"):
         table.add_column(head, overflow="fold")
     offers = [offer for offer in list_encoders() if offer.ready or not ready]
     for offer in offers:
-        texts = (offer.title, offer.address, offer.licence, format_size(offer), offer.training_data)
+        texts = (offer.title, offer.address, offer.licence, format_size(offer), offer.feature, offer.training_data)
         table.add_row(*map(Text, texts), Text("here" if offer.ready else "to be fetched"))
     print_output(table)
     commands = [offer.fetch for offer in offers if offer.fetch.startswith("hf ")]

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 def run(
     checkpoint: Annotated[
-        str, typer.Argument(help="A run folder (its newest whole checkpoint) or one checkpoint; for onnx any encoder.")
+        str,
+        typer.Argument(help="A run folder (its newest whole checkpoint) or one checkpoint; for onnx also any encoder."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     to: Annotated[
         Literal["timm", "hf", "onnx"],
-        typer.Option(help="timm, hf: one layout, for timm, Hugging Face hubs and panfm. onnx: without torch."),
+        typer.Option(help="timm: read by timm and panfm; hf: by transformers, too; onnx: without torch."),
     ] = "timm",
     use: Annotated[
         Literal["research", "education", "commercial"] | None,
@@ -32,25 +33,31 @@ def run(
 ) -> None:
     """Export the encoder: safetensors weights, config and evaluation transform in one folder, readable by timm.
 
-    --to onnx takes an encoder address (panfm:DIR, panderm:FILE, ...) and writes model.onnx, with --shards also
+    --to onnx takes a run or an encoder address (panfm:DIR, panderm:FILE, ...) and writes model.onnx, with --shards also
     model.int8.onnx, each checked against PyTorch.
 
     Example: panfm export runs/first --out exports/first
 
     Example: panfm export panfm:exports/first --to onnx --shards shards/clinic --out exports/first-onnx
     """
+    from tempfile import TemporaryDirectory
+
+    from panfm.encoder.export import export_encoder
     from panfm.errors import UserError
 
+    if to == "onnx" and Path(checkpoint).is_dir():
+        with TemporaryDirectory() as scratch:
+            folder = export_encoder(Path(checkpoint), Path(scratch) / out.name, use=use)
+            typer.echo(_export_onnx(f"panfm:{folder}", out, shards or [], num_images))
+        return
     if to == "onnx":
         if use is not None:
-            raise UserError("--use is decided when a run is exported (--to timm); an ONNX folder carries that use on")
+            raise UserError("--use is decided when a run is exported; an encoder's ONNX folder carries its use on")
         typer.echo(_export_onnx(checkpoint, out, shards or [], num_images))
         return
     if shards:
         raise UserError("--shards calibrates int8, which --to onnx writes; leave it out, or add --to onnx")
-    from panfm.encoder.export import export_encoder
-
-    folder = export_encoder(Path(checkpoint), out, use=use)
+    folder = export_encoder(Path(checkpoint), out, use=use, layout=to)
     typer.echo(f'{folder}: load it with timm.create_model("local-dir:{folder}", pretrained=True) or panfm:{folder}')
 
 
@@ -60,9 +67,7 @@ def _export_onnx(address: str, out: Path, shards: list[str], num_images: int) ->
     from panfm.errors import UserError
 
     if ":" not in address:
-        raise UserError(
-            f"{address}: --to onnx takes an encoder address; export the run first, then panfm:DIR --to onnx"
-        )
+        raise UserError(f"{address}: no such run, and no encoder address; name a run folder, or panfm:DIR of an export")
     encoder = load_encoder(address)
     images = _draw_images(encoder, shards, num_images) if shards else None
     return f"{out}: {_describe(export_onnx(encoder, out, images))}"

@@ -20,7 +20,7 @@ Dtype = Literal["fp32", "bf16"]
 SUPPORTED = (
     "supported: panfm:DIR (an export), panfm:DIR@random:SEED (its architecture, untrained), timm:NAME (local cache), "
     "timm:NAME@FILE.safetensors, timm:NAME@random:SEED, hf:DIR (config.json + model.safetensors), panderm:FILE, "
-    "open_clip:NAME@FILE, python:MODULE:FUNCTION (your own code, if PANFM_ALLOW_PYTHON=1); "
+    "open_clip:NAME@FILE or NAME@TAG (local cache), python:MODULE:FUNCTION (your own code, if PANFM_ALLOW_PYTHON=1); "
     "options ?image_size=PIXELS&pooling=cls|mean|cls_mean|map&dtype=fp32|bf16"
 )
 OPTIONS = ("image_size", "pooling", "dtype")

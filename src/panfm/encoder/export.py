@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -36,6 +36,9 @@ _TIMM_POOLING: Mapping[Pooling, dict[str, Any]] = {
     "map": {},
 }
 
+# Both are timm's. In hf the arguments lack num_classes, which transformers' TimmWrapperModel adds by itself and must
+# not find; timm needs it there to build an encoder, not a classifier, where its user names none.
+Layout = Literal["timm", "hf"]
 TEXT = "text.safetensors"  # in the checkpoint of a run with an image_text objective
 _TERMS = {
     "research": "For research only.",
@@ -44,11 +47,11 @@ _TERMS = {
 }
 
 
-def export_encoder(checkpoint: Path, out: Path, *, use: str | None = None) -> Path:
+def export_encoder(checkpoint: Path, out: Path, *, use: str | None = None, layout: Layout = "timm") -> Path:
     """Write the encoder of a checkpoint, or of a run's newest whole checkpoint, as an export folder; return `out`.
 
     An earlier export at `out` is replaced; any other folder with something in it is left alone. use: research,
-    education or commercial; None: what it was trained for.
+    education or commercial; None: what it was trained for. layout: hf is read by transformers, too.
 
     Raises UserError for a checkpoint that is missing, not whole, or differs from its manifest, and for a use that a
     source of its training data, or of an encoder that it began from or learned from, does not permit.
@@ -70,13 +73,13 @@ def export_encoder(checkpoint: Path, out: Path, *, use: str | None = None) -> Pa
     try:
         shutil.copyfile(checkpoint / "encoder.safetensors", temporary / "model.safetensors")
         network = _build_network(facts, temporary / "model.safetensors")
-        write_json(temporary / "config.json", _make_timm_config(facts, network.model))
+        write_json(temporary / "config.json", _make_timm_config(facts, network.model, layout))
         write_facts(temporary / "panfm.json", facts)
         has_text = TEXT in read_json(checkpoint / "manifest.json")["files"]
         if has_text:
             _verify(checkpoint, TEXT)
             export_text(checkpoint / TEXT, facts, int(network.model.num_features), temporary)  # type: ignore[arg-type]
-        write_text(temporary / "README.md", _make_readme(facts, out.name, has_text=has_text))
+        write_text(temporary / "README.md", _make_readme(facts, out.name, layout, has_text=has_text))
         _check_round_trip(temporary, facts, network)
         temporary.chmod(0o755)  # mkdtemp's 0700 would hide the export from colleagues
         _replace_folder(temporary, out)
@@ -167,7 +170,7 @@ def _build_network(facts: EncoderFacts, weights: Path) -> EncoderNetwork:
     return network
 
 
-def _make_timm_config(facts: EncoderFacts, model: nn.Module) -> dict[str, Any]:
+def _make_timm_config(facts: EncoderFacts, model: nn.Module, layout: Layout) -> dict[str, Any]:
     """The config.json of timm's layout, with the image size and the preprocessing of this encoder."""
     size = facts.transform.image_size
     norm_is_behind = not isinstance(getattr(model, "fc_norm", nn.Identity()), nn.Identity)
@@ -175,11 +178,14 @@ def _make_timm_config(facts: EncoderFacts, model: nn.Module) -> dict[str, Any]:
     pooling = {} if norm_is_behind or not hasattr(model, "fc_norm") else dict(_TIMM_POOLING[facts.pooling])
     if isinstance(model, Eva) and "fc_norm" in pooling:
         pooling["use_fc_norm"] = pooling.pop("fc_norm")
+    arguments = {**facts.timm_kwargs, "num_classes": 0, **pooling}
+    if layout == "hf":
+        del arguments["num_classes"]
     return {
         "architecture": facts.timm_name,
         "num_classes": 0,
         "num_features": int(model.num_features),  # type: ignore[arg-type]
-        "model_args": {**facts.timm_kwargs, "num_classes": 0, **pooling},
+        "model_args": arguments,
         "pretrained_cfg": {
             "tag": "panfm",
             "input_size": [3, size, size],
@@ -238,7 +244,7 @@ def _replace_folder(temporary: Path, out: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _make_readme(facts: EncoderFacts, name: str, *, has_text: bool) -> str:
+def _make_readme(facts: EncoderFacts, name: str, layout: Layout, *, has_text: bool) -> str:
     """The model card: what it is, what it saw, what it did not see, what it is not for."""
     transform, size = facts.transform, facts.transform.image_size
     rows = [
@@ -271,7 +277,7 @@ features = load_encoder("panfm:DIR").embed(["image.jpg"])
 
 import timm
 model = timm.create_model("local-dir:DIR", pretrained=True, num_classes=0)
-```
+{_TRANSFORMERS if layout == "hf" else ""}```
 
 Preprocessing: shorter side to {transform.resize_size} px ({transform.interpolation}), centre crop of {size} px, scale
 to [0, 1], mean {list(transform.mean)}, std {list(transform.std)}.
@@ -290,6 +296,11 @@ The whole training configuration, the hashes of the data and of the weights are 
 """
 
 
+_TRANSFORMERS = """
+from transformers import AutoImageProcessor, AutoModel
+processor, model = AutoImageProcessor.from_pretrained("DIR"), AutoModel.from_pretrained("DIR").eval()
+features = model(**processor(image, return_tensors="pt")).pooler_output
+"""
 _TEXT_NOTE = """
 `text/` holds the text tower that it was trained with (weights under open_clip's names, CLIP's tokenizer):
 

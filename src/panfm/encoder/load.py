@@ -6,6 +6,7 @@ Used by evaluation (features of frozen encoders), by training (teachers), and by
 No network, no pickle: what is not on this machine as safetensors is an error with the way out.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,25 @@ class Encoder:
     def image_size(self) -> int:
         """Side in pixels of the square that the evaluation transform delivers."""
         return self.transform.image_size
+
+    def describe(self) -> str:
+        """Say in one line how it sees an image and what it gives: dimension, pooling, preprocessing, size, licence."""
+        transform, card = self.transform, self.card
+        return (
+            f"{self.name}: {self.embed_dim} dimensions, pooling {self.pooling}; shorter side to "
+            f"{transform.resize_size} px ({transform.interpolation}), centre crop of {transform.image_size} px, mean "
+            f"{_format_colours(transform.mean)}, std {_format_colours(transform.std)}; {self.dtype} on {self.device}; "
+            f"{card.num_parameters / 1e6:.1f} million parameters, licence {card.licence or 'not recorded'}"
+        )
+
+    def list_facts(self) -> dict[str, str]:
+        """What a file of its features must say of it, as strings: address, hash, pooling, transform."""
+        return {
+            "encoder": self.address,
+            "encoder_hash": self.hash,
+            "pooling": self.pooling,
+            "transform": json.dumps(self.transform.to_plain()),
+        }
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
@@ -253,6 +273,10 @@ def load_encoder(address: str, device: str | torch.device = "cpu") -> Encoder:
         facts=parts.facts,
         has_fixed_size=network.is_token_model or parsed.image_size is not None,
     )
+
+
+def _format_colours(values: Sequence[float]) -> str:
+    return "/".join(f"{value:.3f}" for value in values)
 
 
 def _parse_device(device: str | torch.device) -> torch.device:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -31,6 +32,7 @@ TRUNK, HEAD = "visual.trunk.", "visual.head.proj."
 # What a tower of NAME is fed where its config says nothing else: open_clip's defaults.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 RGB = tuple[float, float, float]
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip names them on hubs
 HEAD_WIDTH = 64  # open_clip's default
 # open_clip's names -> timm's, in this order: `ln_pre` is not one of the norms of a block.
 _RENAMES = (
@@ -81,6 +83,34 @@ def build_tower(name: str, weights: Mapping[str, Tensor], where: str) -> Tower:
     size = vision["image_size"]
     size = size if isinstance(size, int) else size[0]
     return Tower(model, pooling, size, *_read_colours(name, where), {"open_clip": name, "vision": dict(vision)})
+
+
+def find_tag(name: str, tag: str, where: str) -> Path | None:
+    """The checkpoint that open_clip publishes for `name` under `tag`, in the local Hugging Face cache; None: no tag.
+
+    Raises UserError where it is not in the cache (nothing is downloaded), and where it was trained with another
+    activation than `name` has: open_clip only warns, and the features would be wrong.
+    """
+    config = _read_config(name, where)
+    import open_clip
+    from huggingface_hub import try_to_load_from_cache
+
+    if tag not in open_clip.list_pretrained_tags_by_model(name):
+        return None
+    record = open_clip.get_pretrained_cfg(name, tag)
+    if bool(record.get("quick_gelu")) != bool(config.get("quick_gelu")):
+        kind = "QuickGELU" if record.get("quick_gelu") else "GELU"
+        raise UserError(f"{where}: {tag} was trained with {kind}, which {name} has not; take the name that has it")
+    repository = "/".join(str(record.get("hf_hub", "")).split("/")[:2])
+    for file in HUB_FILES if repository else ():
+        found = try_to_load_from_cache(repository, file)
+        if isinstance(found, str):
+            return Path(found)
+    way = f"run `hf download {repository} {HUB_FILES[0]}` where there is a network, or " if repository else ""
+    raise UserError(
+        f"{where}: its weights are not in the local cache, and panfm downloads nothing; {way}give a file: "
+        f"open_clip:{name}@FILE"
+    )
 
 
 def _read_colours(name: str, where: str) -> tuple[RGB, RGB]:

@@ -40,6 +40,7 @@ TRAINING_DATA = {
     "augreg_in21k_ft_in1k": "ImageNet-21k, then ImageNet-1k",
 }
 _WAY_OUT = "name the architecture and the image size that the file was made with"
+PICKLED = "pytorch_model.bin"  # what UNI and others publish: read as tensors only
 _TIMM_LAYOUT = "an encoder folder holds config.json (architecture, model_args, pretrained_cfg) and model.safetensors"
 
 
@@ -71,14 +72,14 @@ def _build_timm(address: Address) -> EncoderParts:
 
 
 def _build_hf(address: Address) -> EncoderParts:
-    """hf:DIR, a folder in timm's layout."""
+    """hf:DIR, a folder in timm's layout: safetensors, else a pickle of tensors."""
     folder = _find_folder(address)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: config.json is missing; {_TIMM_LAYOUT}")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "architecture" not in config:
         raise UserError(f"{folder / 'config.json'}: no key architecture, so it is not in timm's layout; {_TIMM_LAYOUT}")
-    weights = read_weights(_find_weights(folder))
+    weights = read_checkpoint(_find_weights(folder, tolerated=PICKLED))
     model = _fit(address, _create(address, f"local-dir:{folder}", None), weights)
     kept = {"timm_name": config["architecture"], "timm_kwargs": config.get("model_args", {})}
     return EncoderParts(model, _read_transform(address, model), kept, None, None, UNKNOWN)
@@ -221,15 +222,12 @@ def _find_folder(address: Address) -> Path:
     return folder
 
 
-def _find_weights(folder: Path) -> Path:
-    """The folder's model.safetensors; a pickle in its place is refused by name."""
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        for pickle in ("pytorch_model.bin", "model.bin", "pytorch_model.pt"):
-            if (folder / pickle).is_file():
-                return folder / pickle  # read_weights refuses it and says how to convert it
-        raise UserError(f"{folder}: model.safetensors is missing; {_TIMM_LAYOUT}")
-    return path
+def _find_weights(folder: Path, tolerated: str | None = None) -> Path:
+    """The folder's model.safetensors, or the file that is tolerated in its place."""
+    for name in filter(None, ("model.safetensors", tolerated)):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: model.safetensors is missing; {_TIMM_LAYOUT}")
 
 
 BUILDERS: Mapping[Scheme, Callable[[Address], EncoderParts]] = {

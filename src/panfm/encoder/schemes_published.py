@@ -44,13 +44,14 @@ def build_panderm(address: Address) -> EncoderParts:
 
 
 def build_open_clip(address: Address) -> EncoderParts:
-    """open_clip:NAME@FILE, the vision tower of a checkpoint of open_clip."""
+    """open_clip:NAME@FILE, the vision tower of a checkpoint of open_clip; NAME@TAG, one that is in the local cache."""
     if address.weights is None:
         raise UserError(
             f"{address.text}: panfm downloads nothing; fetch the checkpoint where there is a network, and give "
             f"its file: open_clip:{address.target}@FILE"
         )
-    weights = read_checkpoint(_find_file(address, address.weights))
+    path = open_clip_tower.find_tag(address.target, str(address.weights), address.text)
+    weights = read_checkpoint(path or _find_file(address, address.weights))
     tower = open_clip_tower.build_tower(address.target, weights, address.text)
     set_image_size(address, tower.model)
     size = address.image_size or tower.image_size
