@@ -13,7 +13,7 @@ from panfm.training.dry_run import DryRun, describe_dry_run, dry_run
 from panfm.training.flops import compute_run_cost, compute_run_memory
 from panfm.training.memory import SavedTensors, compute_state_bytes
 from panfm.training.plan import PretrainConfig
-from tests.cli.commands import panfm
+from tests.ranks import run_panfm_ranks
 
 
 def load(config: Path, *overrides: str) -> PretrainConfig:
@@ -54,13 +54,16 @@ def test_counted_memory_is_that_of_a_real_step(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_plan_and_writes_nothing(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_the_command_prints_the_plan_once_and_writes_nothing(
+    ranks: int, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    run = panfm("pretrain", config, "--dry-run", "--out", tmp_path / "run")
-    assert run.returncode == 0, run.stderr
-    assert list(tmp_path.iterdir()) == []
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    words = ["pretrain", str(config), "--dry-run", "--out", str(here / "run")]
+    code, printed = run_panfm_ranks(words, ranks, tmp_path / "log")
+    assert code == 0, printed
+    assert list(here.iterdir()) == []
     for said in (
         "operations: ",
         "ZeRO 3: weights",
@@ -71,9 +74,10 @@ def test_the_command_prints_the_plan_and_writes_nothing(
         "hours",
         " kWh if",
     ):
-        assert said in run.stderr, run.stderr
-    assert "estimate: 10 W a busy core" in run.stderr or "RAPL counters" in run.stderr
-    assert run.stderr.rstrip().endswith("dry run: nothing was written")
+        assert said in printed, printed
+    assert printed.count("operations: ") == 1, printed
+    assert "estimate: 10 W a busy core" in printed or "RAPL counters" in printed
+    assert "dry run: nothing was written" in printed
 
 
 def test_lines_follow_from_the_numbers(config: Path) -> None:

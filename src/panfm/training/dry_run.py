@@ -96,8 +96,8 @@ def dry_run(config: PretrainConfig, *, excluded: Exclusion) -> DryRun:
         built = build_run(config, excluded, device, stack)
         print_plan(config, built.loader.sources, built.engine, built.num_steps, None)
         plan = _measure(config, built, device)
-    for line in describe_dry_run(plan, config.checkpoint):
-        say(line)
+        for line in describe_dry_run(plan, config.checkpoint):
+            say(line)
     return plan
 
 
