@@ -14,6 +14,7 @@ import typer
 
 from panfm import __version__
 from panfm.cli import (
+    adapt,
     audit,
     data,
     demo,
@@ -23,13 +24,17 @@ from panfm.cli import (
     evaluate,
     export,
     leaderboard,
+    monitor,
+    predict,
     pretrain,
     report,
     runs,
+    select,
     shards,
     synth,
     tasks,
 )
+from panfm.cli import app as app_page  # `app` is the command line itself
 from panfm.errors import UserError
 
 EXIT_USER = 2
@@ -70,6 +75,11 @@ app.command("runs")(runs.run)
 app.command("export")(export.run)
 app.command("embed")(embed.run)
 app.command("encoders")(encoders.run)
+app.command("adapt")(adapt.run)
+app.command("predict")(predict.run)
+app.command("monitor")(monitor.run)
+app.command("select")(select.run)
+app.command("app")(app_page.run)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(leaderboard.app, name="leaderboard")
