@@ -1,7 +1,8 @@
 """The command line: one file a noun, imports inside each command so that `panfm --help` is instant.
 
 Exit codes: 0 done, 1 some part failed (and was named), 2 the user's input (one line, no traceback), 75 stopped on a
-signal after saving (run the same command again), 130 Ctrl-C. `--debug` shows tracebacks.
+signal after saving (run the same command again), 130 Ctrl-C; of `monitor` 3 drift, 4 too few patients to tell.
+`--debug` shows tracebacks.
 """
 
 import errno

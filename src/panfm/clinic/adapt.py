@@ -35,7 +35,10 @@ from panfm_predict.card import WARNING
 Method = Literal["probe", "lora"]
 FOLDS: dict[Method, int] = {"probe": 10, "lora": 5}  # a fold of LoRA is a training; more folds lose fewer images each
 NUM_LORA_EPOCHS = 15  # as in the protocol `finetune`
-OUTLIER_METHOD = "Mahalanobis distance of probabilistic PCA on standardised features, divided by their number"
+OUTLIER_METHOD = (
+    "Mahalanobis distance with a shrunk covariance (Ledoit and Wolf 2004) of standardised features, divided by their "
+    "number"
+)
 NO_EXAMPLES = Examples((), (), ())
 
 
