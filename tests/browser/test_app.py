@@ -18,6 +18,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from panfm_predict import Classifier, load_classifier
 from panfm_predict.app.server import MAX_BYTES, AppServer
+from tests.browser.conftest import PATIENCE
 from tests.predict.made import draw_image, make_classifier
 
 HOSTILE = "<img src=x onerror=alert(1)>"  # a class; and, as far as a file may be called so, a file
@@ -68,7 +69,7 @@ def visit(browser: Browser, server: AppServer) -> Iterator[Visit]:
         context = browser.new_context(locale=language, **settings)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
