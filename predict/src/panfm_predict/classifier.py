@@ -123,20 +123,18 @@ class Classifier:
         """Yield a Prediction of each image in order, or the ImageError that names it: the others are not lost."""
         shares = self._complete(prevalence)
         for start in range(0, len(images), BATCH):
-            answers: list[Prediction | ImageError] = []
-            whole, pixels = [], []
-            for number, image in enumerate(images[start : start + BATCH], start):
+            batch = range(start, min(start + BATCH, len(images)))
+            pixels: dict[int, NDArray[np.uint8]] = {}
+            answers: dict[int, Prediction | ImageError] = {}
+            for number in batch:
                 try:
-                    pixels.append(_prepare(image, number, self.card))
-                    whole.append(len(answers))
-                    answers.append(ImageError("not predicted yet"))
+                    pixels[number] = _prepare(images[number], number, self.card)
                 except ImageError as error:
-                    answers.append(error)
+                    answers[number] = error
             if pixels:
-                predictions = self._predict_features(self._run(np.stack(pixels)), shares)
-                for place, prediction in zip(whole, predictions, strict=True):
-                    answers[place] = prediction
-            yield from answers
+                predictions = self._predict_features(self._run(np.stack(list(pixels.values()))), shares)
+                answers.update(zip(pixels, predictions, strict=True))
+            yield from (answers[number] for number in batch)
 
     def embed(self, images: Sequence[Image]) -> NDArray[np.float32]:
         """Compute the features of images given as paths or bytes: float32 [B, D]. Raises ImageError."""
