@@ -15,14 +15,7 @@ from panfm.config import load_config
 from panfm.encoder.load import Encoder, load_encoder
 from panfm.encoder.network import EncoderNetwork
 from panfm.errors import UserError
-from panfm.evaluation.finetune import (
-    FinetuneConfig,
-    _copy_probe,
-    _list_lr_shares,
-    describe_recipe,
-    resolve_recipe,
-    score_finetune,
-)
+from panfm.evaluation.finetune import score_finetune
 from panfm.evaluation.finetune_images import mix_batch, plan_batches, turn_views
 from panfm.evaluation.finetune_network import (
     Trained,
@@ -32,6 +25,8 @@ from panfm.evaluation.finetune_network import (
     set_drop_path,
     set_train_mode,
 )
+from panfm.evaluation.finetune_recipes import FinetuneConfig, describe_recipe, resolve_recipe
+from panfm.evaluation.finetune_training import build_head, list_lr_shares
 from panfm.evaluation.protocol import Trial, build_trial
 from panfm.evaluation.results import EncoderCard
 from panfm.evaluation.splits import load_split
@@ -105,8 +100,7 @@ def test_without_training_the_head_is_the_linear_probe(
 def test_a_class_without_images_starts_improbable_but_finite() -> None:
     features = np.random.default_rng(0).normal(size=(20, 3))
     probe = fit_probe(features, [0, 2] * 10, num_classes=3, C=1.0)
-    head = torch.nn.Linear(3, 3)
-    _copy_probe(probe, head)
+    head = build_head(probe)
     scores = head(torch.from_numpy(features).float()).softmax(1).detach().numpy()
     assert np.isfinite(scores).all() and scores[:, 1].max() < 0.02
     expected = probe.predict(features)[:, [0, 2]]
@@ -221,11 +215,11 @@ def test_drop_path_grows_with_depth_and_a_network_without_branches_is_refused(ad
 
 
 def test_the_rate_warms_up_and_falls() -> None:
-    shares = _list_lr_shares(100, FinetuneConfig(epochs=10, warmup_epochs=1))
+    shares = list_lr_shares(100, FinetuneConfig(epochs=10, warmup_epochs=1))
     assert len(shares) == 100 and shares[0] == 0.1 and shares[9] == 1.0 and shares[10] == 1.0
     assert shares[55] == pytest.approx(0.5) and shares[-1] < 0.001
-    assert _list_lr_shares(1, FinetuneConfig(epochs=1, warmup_epochs=0)) == [1.0]
-    stairs = _list_lr_shares(130, FinetuneConfig(epochs=65, warmup_epochs=0, schedule="staircase"))
+    assert list_lr_shares(1, FinetuneConfig(epochs=1, warmup_epochs=0)) == [1.0]
+    stairs = list_lr_shares(130, FinetuneConfig(epochs=65, warmup_epochs=0, schedule="staircase"))
     assert stairs == [1.0] * 60 + [1 / 16] * 60 + [1 / 256] * 10
 
 

@@ -13,7 +13,7 @@ from panfm.errors import UserError
 from panfm.evaluation.case_fusion import CaseFusionConfig
 from panfm.evaluation.change import ChangeConfig
 from panfm.evaluation.compat import Dinov2CompatConfig, PandermCompatConfig
-from panfm.evaluation.finetune import FinetuneConfig, describe_recipe
+from panfm.evaluation.finetune_recipes import FinetuneConfig, describe_recipe
 from panfm.evaluation.knn import KnnConfig
 from panfm.evaluation.linear_probe import LinearProbeConfig
 from panfm.evaluation.metadata_fusion import MetadataFusionConfig
