@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,8 @@ from panfm.features import DIGEST_BYTES, PART_ROWS, compute_digest, locked
 from panfm.files import compute_file_sha256, compute_sha256, write_bytes
 from panfm.progress import progress_bar
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
+# As in panfm_predict.files, which this layer must do without.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".avif")
 SHA_BYTES = 32
 
 
@@ -67,7 +69,7 @@ def list_images(locations: Sequence[Path]) -> ImageList:
         if not images:
             raise UserError(
                 f"{location}: no image in it, and no index.json of a shard set; images are files that end in "
-                f"{', '.join(sorted(SUFFIXES))}"
+                f"{', '.join(SUFFIXES)}"
             )
         found.update(dict.fromkeys(images))
         num_others += len(files) - len(images)
@@ -223,7 +225,11 @@ def _read_unchanged(path: Path, sha256: str) -> bytes:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Every file below a folder, in the order of the names; hidden folders are not entered."""
-    for parent, folders, files in os.walk(folder):
+
+    def fail(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check who may read it")
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent) / name for name in sorted(files))
 

@@ -20,8 +20,8 @@ from typing import Any, Literal, NoReturn, TextIO
 from panfm_predict.card import Card, Rate
 from panfm_predict.classifier import Classifier, Prediction, load_classifier
 from panfm_predict.errors import ImageError, PredictError
+from panfm_predict.files import SUFFIXES, list_images
 from panfm_predict.prior import complete_prevalence, parse_prevalence
-from panfm_predict.transform import SUFFIXES
 
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 Output = Literal["text", "json", "csv"]
@@ -107,7 +107,7 @@ def _build_parser() -> argparse.ArgumentParser:
         epilog="Example: panfm-predict my_classifier a.jpg photos/ --prevalence melanoma=0.05",
     )
     parser.add_argument("folder", help="Classifier folder that `panfm adapt` wrote.")
-    parser.add_argument("images", nargs="*", help="Image files, or folders of images (not those inside them).")
+    parser.add_argument("images", nargs="*", help="Image files, or folders of images, with those inside them.")
     parser.add_argument(
         "--prevalence",
         action="append",
@@ -131,12 +131,12 @@ def _find_images(images: Sequence[str]) -> list[str]:
             paths.append(name)
             continue
         try:
-            inside = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in SUFFIXES)
+            inside = list_images(Path(name))
         except OSError as error:
-            raise PredictError(f"{name}: cannot be read ({error.strerror or error})") from None
+            raise PredictError(f"{error.filename}: cannot be read ({error.strerror}); check who may read it") from None
         if not inside:
             raise PredictError(f"{name}: holds no image ({', '.join(SUFFIXES)}); name image files")
-        paths += inside
+        paths += map(str, inside)
     return paths
 
 

@@ -3,8 +3,8 @@
     bytes  --decode_rgb-->  RGB image  --prepare-->  uint8 [3, S, S]
 
 Equal to `EvalTransform.apply` of panfm bit for bit (tests/predict/test_transform.py), with Pillow alone: libjpeg-turbo,
-which decodes JPEG there, is inside Pillow too. As there, the image is turned as its EXIF
-data say; an embedded colour profile is not applied.
+which decodes JPEG there, is inside Pillow too. As there, the image is turned as its EXIF data say; an embedded colour
+profile is not applied.
 """
 
 import io
@@ -22,7 +22,6 @@ from panfm_predict.errors import ImageError
 MAX_PIXELS = 178_956_970  # of an image, as in panfm: Pillow's own limit against decompression bombs
 # An image comes from anywhere; what Pillow would hand to another program (EPS) or reads rarely is not opened at all.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".avif")
 
 # One of them is in every file that states an orientation.
 ORIENTATION_MARKS = (b"Exif", b"exif", b"EXIF", b"eXIf", b"Orientation", b"irot", b"imir")

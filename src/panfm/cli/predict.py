@@ -9,7 +9,7 @@ import typer
 def run(
     folder: Annotated[Path, typer.Argument(help="Classifier folder that `panfm adapt` wrote.")],
     images: Annotated[
-        list[str] | None, typer.Argument(help="Image files, or folders of images (not those inside them).")
+        list[str] | None, typer.Argument(help="Image files, or folders of images, with those inside them.")
     ] = None,
     prevalence: Annotated[
         list[str] | None,

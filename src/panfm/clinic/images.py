@@ -6,7 +6,6 @@
 A copy of an image under another name counts once: it would count twice as evidence. Names stay on the user's screen.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from panfm.errors import UserError
+from panfm.files import compute_file_sha256
 from panfm.progress import progress_bar
 from panfm.shards.dialects import detect_dialect
 from panfm.shards.hash_search import read_hashes
 from panfm.shards.quality import compute_phash
-from panfm.shards.spreadsheets import read_spreadsheet
+from panfm.shards.spreadsheets import TABLE_SUFFIXES, read_spreadsheet
 from panfm_predict import ImageError
-from panfm_predict.transform import SUFFIXES, decode_rgb
+from panfm_predict.files import SUFFIXES, list_images
+from panfm_predict.transform import decode_rgb
 
-TABLES = (".csv", ".tsv", ".txt", ".xlsx", ".ods")
+TABLES = (*TABLE_SUFFIXES, ".xls", ".ods")  # the last two: refused with the way out, not taken for images
 BATCH = 16  # images at once, as in panfm_predict
 
 
@@ -49,7 +50,7 @@ class Embedded:
 
 
 def find_images(places: Sequence[str | Path]) -> ImageList:
-    """Find the images that files, folders (not those inside them) and tables name; every image once.
+    """Find the images that files, folders (with those inside them) and tables name; every image once.
 
     A table has the columns `image` (a path that starts at the table) and, where known, `patient`; all must have it, or
     none. Raises UserError.
@@ -57,7 +58,10 @@ def find_images(places: Sequence[str | Path]) -> ImageList:
     found: list[tuple[Path, str]] = []
     for place in (Path(place) for place in places):
         if place.is_dir():
-            own = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+            try:
+                own = list_images(place)
+            except OSError as error:
+                raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check who may read it") from None
             if not own:
                 raise UserError(f"{place}: holds no image file; name a folder of images ({', '.join(SUFFIXES)})")
             found += [(path, "") for path in own]
@@ -72,7 +76,7 @@ def find_images(places: Sequence[str | Path]) -> ImageList:
     for path, patient in found:
         if grouping == "patient" and not patient:
             raise UserError(f"{path}: has no patient, others do; name the patient of every image, or of none")
-        seen = first.setdefault(_hash(path), (path, patient))
+        seen = first.setdefault(hash_file(path), (path, patient))
         if seen[1] != patient:
             raise UserError(f"{seen[0]} and {path}: the same image under two patients; correct one, or remove both")
     kept = list(first.values())
@@ -107,6 +111,14 @@ def embed_images(embed: Callable[[Sequence[bytes]], NDArray[np.float32]], images
     return Embedded(np.concatenate(parts), np.array(rows, dtype=np.int64), tuple(failed))
 
 
+def hash_file(path: Path) -> str:
+    """Compute the SHA-256 by which a copy of an image is told. Raises UserError for a file that cannot be read."""
+    try:
+        return compute_file_sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check who may read it") from None
+
+
 def hash_images(images: ImageList, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Compute the perceptual hash of images that can be read: uint8 [M, 32]; zeros: nothing to recognise."""
     texts = [compute_phash(decode_rgb(images.paths[row].read_bytes())) for row in rows.tolist()]
@@ -128,11 +140,3 @@ def _read_table(table: Path) -> list[tuple[Path, str]]:
             raise UserError(f"{table}, line {line}: patient is empty; fill it in, or take the column out of the table")
         rows.append((path, patient))
     return rows
-
-
-def _hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check who may read it") from None

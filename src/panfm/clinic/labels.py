@@ -8,7 +8,6 @@ image under two labels, one image under two patients (it would be learned from a
 Messages name files and lines of the user's own table, on the user's own screen; nothing else ever does.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from panfm.clinic.images import hash_file
 from panfm.errors import UserError
 from panfm.shards.dialects import detect_dialect
 from panfm.shards.spreadsheets import read_spreadsheet
@@ -195,7 +195,7 @@ def _drop_repeated(rows: list[Row], table: Path) -> tuple[list[Row], int]:
     """Keep each image once, told by its bytes: a copy under another name would be learned from and tested on."""
     first: dict[str, Row] = {}
     for row in rows:
-        seen = first.setdefault(_hash(row.path), row)
+        seen = first.setdefault(hash_file(row.path), row)
         if seen is row:
             continue
         both = f"{table}, lines {seen.line} and {row.line}: the same image"
@@ -206,14 +206,6 @@ def _drop_repeated(rows: list[Row], table: Path) -> tuple[list[Row], int]:
         if seen.modality != row.modality:
             raise UserError(f"{both} under two modalities ({seen.modality}, {row.modality}); correct one")
     return list(first.values()), len(rows) - len(first)
-
-
-def _hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check who may read it") from None
 
 
 def _split_modalities(rows: list[Row], table: Path, modality: str | None) -> tuple[list[Row], list[Row]]:

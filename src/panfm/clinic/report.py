@@ -60,7 +60,7 @@ def build_report(
             _describe_data(card, figures, unit),
             _describe_separation(figures),
             _describe_calibration(figures),
-            _describe_operating_point(card, fitted.card, unit),
+            _describe_operating_point(fitted.card, unit),
             _describe_outliers(card, fitted, modality_head),
             _describe_limits(card),
             _describe_making(card, fitted),
@@ -127,7 +127,7 @@ def _describe_calibration(figures: Figures) -> Section:
     )
 
 
-def _describe_operating_point(card: Mapping[str, Any], point: OperatingCard | str, unit: str) -> Section:
+def _describe_operating_point(point: OperatingCard | str, unit: str) -> Section:
     title = "Threshold card"
     if isinstance(point, str):
         return Section(
@@ -160,7 +160,6 @@ def _describe_operating_point(card: Mapping[str, Any], point: OperatingCard | st
                     f"{_share(None if npv is None else 1 - npv, 1)} of the others have it all the same",
                 )
             )
-    del card
     return Section(title, paragraphs, heads=("", "value (95 % interval)", "measured on, or meaning"), rows=tuple(rows))
 
 

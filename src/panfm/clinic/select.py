@@ -48,7 +48,9 @@ class Pick:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was proposed. excluded: how many images could not be drawn, by reason. failed: images not read."""
+    """What was proposed; how many images could not be, as near-duplicates or of a patient with enough; and which were
+    not read.
+    """
 
     images: ImageList
     picks: tuple[Pick, ...]
