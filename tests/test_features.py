@@ -14,9 +14,9 @@ from panfm import features as features_module
 from panfm.encoder import Encoder, load_encoder
 from panfm.errors import UserError
 from panfm.features import Features, compute_features, write_features
-from panfm.shards.cards import SourceCard
 from panfm.shards.index import ShardSet, open_shard_set
 from panfm.shards.writer import BuildOptions, build_shards
+from tests.archives import make_source_card
 
 NUM_IMAGES = 50
 ADDRESS = "timm:test_vit@random:0?image_size=32"
@@ -32,21 +32,7 @@ def build(folder: Path, seed: int, number: int = NUM_IMAGES) -> ShardSet:
             coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((64, 48)).save(folder / f"raw/{image}.png")
             writer.writerow([f"{image}.png"])
-    card = SourceCard(
-        version=1,
-        name="features_test",
-        title="test",
-        origin="drawn",
-        licence="CC0",
-        permitted_uses=("research",),
-        identifiers="public",
-        synthetic=True,
-        access="open",
-        how_to_obtain="drawn",
-        table="table.csv",
-        modality="clinical",
-        columns={"path": "file"},
-    )
+    card = make_source_card("features_test", modality="clinical", columns={"path": "file"})
     build_shards(card, folder / "raw", folder / "shards", options=BuildOptions(samples_per_shard=20))
     return open_shard_set(folder / "shards")
 

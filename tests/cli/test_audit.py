@@ -1,12 +1,12 @@
 """`panfm audit` and its readers as a user meets them: several folders after one option, the list used."""
 
-import csv
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
+from tests.archives import describe_source_card, write_table
 from tests.cli.commands import assert_one_line, panfm
 from tests.shards.pictures import COPIES, draw_skin
 
@@ -19,17 +19,9 @@ def build(folder: Path, name: str, images: list[Image.Image], folds: list[str]) 
         image.save(root / f"{number}.jpg", quality=95)
         label = ("naevus", "melanoma")[number % 2]
         rows.append({"file": f"{number}.jpg", "patient": f"{name}{number}", "fold": folds[number], "dx": label})
-    with (root / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    card = {
-        "version": 1, "name": name, "title": name, "origin": "drawn", "licence": "CC0-1.0", "citation": "none",
-        "permitted_uses": ["research"], "identifiers": "public", "access": "open", "how_to_obtain": "drawn",
-        "modality": "dermoscopic", "table": "table.csv", "synthetic": True,
-        "columns": {"path": "file", "patient_id": "patient", "official_split": "fold"},
-        "labels": {"diagnosis": {"column": "dx"}},
-    }  # fmt: skip
+    write_table(root / "table.csv", rows)
+    columns = {"path": "file", "patient_id": "patient", "official_split": "fold"}
+    card = describe_source_card(name, modality="dermoscopic", columns=columns, labels={"diagnosis": {"column": "dx"}})
     (root / "card.yaml").write_text(yaml.safe_dump(card))
     run = panfm("shards", "build", root / "card.yaml", "--root", root, "--out", folder / name, "--processes", 1)
     assert run.returncode == 0, run.stderr

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from panfm.cli.data import preview
 from panfm.cli.main import app
 from panfm.errors import UserError
-from panfm.shards.cards import SourceCard
 from panfm.shards.packing import BuildOptions
 from panfm.shards.writer import build_shards
+from tests.archives import make_source_card
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
             coarse.resize((96, 72), Image.Resampling.BICUBIC).save(root / f"{number}.jpg")
             writer.writerow((f"{number}.jpg", f"Erika Mustermann {number // 2}"))
-    card = SourceCard(
-        version=1, name="tiny", title="Tiny", origin="drawn by a test", licence="CC0", permitted_uses=("research",),
-        identifiers="public", synthetic=True, access="open", how_to_obtain="run the test", modality="dermoscopic",
-        table="table.csv", columns={"path": "path", "patient_id": "patient"},
-    )  # fmt: skip
+    card = make_source_card("tiny", modality="dermoscopic", columns={"path": "path", "patient_id": "patient"})
     build_shards(card, root, root / "shards", options=BuildOptions())
     return root / "shards"
 

@@ -21,11 +21,11 @@ from panfm.evaluation.run_config import EvaluateConfig
 from panfm.evaluation.splits import load_split
 from panfm.evaluation.tasks import load_task
 from panfm.features import compute_features
-from panfm.shards.cards import SourceCard
 from panfm.shards.forget import find_patient
 from panfm.shards.index import ShardSet, open_shard_set
 from panfm.shards.packing import BuildOptions
 from panfm.shards.writer import build_shards
+from tests.archives import make_source_card
 from tests.encoder.test_export import SMALL, make_checkpoint
 
 ENCODER = "timm:vit_tiny_patch16_224@random:0?image_size=32"
@@ -50,11 +50,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(root / f"{number}.jpg")
         rows.append(f"{number}.jpg,P{number // 2},{'melanoma' if number % 4 < 2 else 'nevus'}")
     (root / "table.csv").write_text("\n".join(rows) + "\n")
-    card = SourceCard(
-        version=1, name="clinic", title="clinic", origin="drawn", licence="CC0", permitted_uses=("research",),
-        identifiers="public", synthetic=True, access="open", how_to_obtain="run the test", modality="dermoscopic",
-        table="table.csv", columns={"path": "path", "patient_id": "patient"}, labels={"diagnosis": {"column": "dx"}},
-    )  # fmt: skip
+    columns, labels = {"path": "path", "patient_id": "patient"}, {"diagnosis": {"column": "dx"}}
+    card = make_source_card("clinic", modality="dermoscopic", columns=columns, labels=labels)
     folder = root / "made" / "clinic"
     build_shards(card, root, folder, options=BuildOptions(samples_per_shard=8))
     other = card.model_copy(update={"name": "slides", "id_namespace": "clinic"})  # the same patients

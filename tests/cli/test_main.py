@@ -1,6 +1,5 @@
 """The command line as a user meets it: quick help, and one clear line with exit code 2 for what a user got wrong."""
 
-import csv
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import yaml
 from PIL import Image
 
 from panfm.cli.main import app
+from tests.archives import describe_source_card, write_table
 from tests.cli.commands import Ended, assert_one_line, launch_panfm, panfm
 
 
@@ -31,13 +31,10 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"file": f"{number}.jpg", "patient": f"P{number // 2}", "dx": "nevus" if number % 2 else "melanoma"}
         )
     write_table(root / "table.csv", rows)
-    card = {
-        "version": 1, "name": "tiny", "title": "Tiny", "origin": "drawn in a test", "licence": "CC0-1.0",
-        "citation": "none", "permitted_uses": ["research"], "identifiers": "public", "access": "open",
-        "how_to_obtain": "drawn in a test",
-        "modality": "dermoscopic", "table": "table.csv", "columns": {"path": "file", "patient_id": "patient"},
-        "labels": {"diagnosis": {"column": "dx"}}, "expected": {"images": 12},
-    }  # fmt: skip
+    columns, labels = {"path": "file", "patient_id": "patient"}, {"diagnosis": {"column": "dx"}}
+    card = describe_source_card(
+        "tiny", synthetic=None, modality="dermoscopic", columns=columns, labels=labels, expected={"images": 12}
+    )
     (root / "tiny.yaml").write_text(yaml.safe_dump(card))
     return root
 
@@ -48,13 +45,6 @@ def shards(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = panfm("shards", "build", archive / "tiny.yaml", "--root", archive, "--out", out, "--processes", 1)
     assert run.returncode == 0, run.stderr
     return out
-
-
-def write_table(path: Path, rows: list[dict[str, str]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def test_help_is_instant_and_every_command_has_an_example() -> None:

@@ -13,6 +13,7 @@ from panfm.evaluation.tasks import list_tasks, load_task
 from panfm.shards.cards import load_card
 from panfm.shards.synthetic import write_archive
 from panfm.shards.writer import BuildOptions, build_shards
+from tests.archives import write_table
 from tests.cli.commands import panfm
 
 
@@ -90,10 +91,7 @@ def test_real_shards_built_small(
         for column in ("path", "mask_path"):
             (raw / row[column]).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(real_data / folder / row[column], raw / row[column])
-    with (raw / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(raw / "manifest.csv", rows)
     report = build_shards(load_card(card), raw, tmp_path / "shards", options=BuildOptions())
     code, screen, fault = panfm("tasks", "check", task, "--shards", tmp_path / "shards")
     assert (code, fault) == (0, "") and len(screen.splitlines()) <= 40

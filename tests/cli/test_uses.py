@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from panfm.cli.main import app
 from panfm.encoder.facts import SourceFacts, read_facts
 from panfm.errors import UserError
+from tests.archives import describe_source_card
 from tests.encoder.test_export import SMALL, make_checkpoint
 
 
@@ -27,11 +28,10 @@ def write_archive(root: Path, **changes: Any) -> Path:
         coarse = np.random.default_rng(number).integers(0, 255, (6, 8, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((96, 72)).save(root / f"{number}.jpg")
     card = {
-        "version": 1, "name": "tiny", "title": "Tiny", "origin": "drawn in a test", "licence": "CC BY-NC 4.0",
-        "permitted_uses": ["research", "education"], "identifiers": "public", "access": "open",
-        "how_to_obtain": "drawn in a test", "modality": "dermoscopic", "listing": ["{name}.jpg"],
+        "licence": "CC BY-NC 4.0", "permitted_uses": ["research", "education"], "synthetic": None, "table": None,
+        "modality": "dermoscopic", "listing": ["{name}.jpg"],
     }  # fmt: skip
-    (root / "card.yaml").write_text(yaml.safe_dump(card | changes))
+    (root / "card.yaml").write_text(yaml.safe_dump(describe_source_card("tiny", **(card | changes))))
     return root / "card.yaml"
 
 

@@ -13,6 +13,7 @@ from panfm.cli.main import app
 from panfm.clinic.labels import read_labels
 from panfm.clinic.select import choose_images, compute_doubts, select
 from panfm.errors import UserError
+from tests.archives import write_table
 from tests.predict.made import ENCODER, draw_bytes, make_classifier
 
 
@@ -110,10 +111,7 @@ def test_the_table_is_what_adapt_reads(archive: Path, tmp_path: Path, model: str
     assert all(row["reason"] and row["label"] == "" and "research" in row["warning"] for row in rows)
     assert ("doubt" in rows[0]["reason"]) == (model == "classifier")
     filled = [{**row, "label": "ab"[number % 2]} for number, row in enumerate(rows)]
-    with out.open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(filled[0]))
-        table.writeheader()
-        table.writerows(filled)
+    write_table(out, filled)
     assert read_labels(out).classes == ("a", "b")
     with pytest.raises(UserError, match="exists, and labels may have been filled in"):
         select(address, [archive / "table.csv"], out)

@@ -1,6 +1,5 @@
 """Fixtures of the data room: two small archives, drawn here and built by the real writer."""
 
-import csv
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from panfm.shards.cards import SourceCard
 from panfm.shards.packing import BuildOptions
 from panfm.shards.writer import build_shards
+from tests.archives import make_source_card, write_table
 
 
 def draw_picture(seed: int, width: int = 96, height: int = 64) -> Image.Image:
@@ -35,30 +34,11 @@ def build_source(
     for number, row in enumerate(rows):
         row["path"] = f"{number}.jpg"
         (root / row["path"]).write_bytes(encode(draw_picture(seed=hash_name(name) + number), quality=92))
-    with (root / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["path", "patient", "lesion", "day", "modality"])
-        writer.writeheader()
-        writer.writerows(rows)
-    card = SourceCard(
-        version=1,
-        name=name,
-        title=name,
-        origin="drawn by a test",
-        licence="CC0",
-        permitted_uses=uses,
-        identifiers="public",
-        synthetic=True,
-        access="open",
-        how_to_obtain="run the test",
-        table="table.csv",
-        columns={
-            "path": "path",
-            "patient_id": "patient",
-            "lesion_id": "lesion",
-            "visit_day": "day",
-            "modality": "modality",
-        },
-    )
+    write_table(root / "table.csv", rows)
+    columns = {
+        "path": "path", "patient_id": "patient", "lesion_id": "lesion", "visit_day": "day", "modality": "modality",
+    }  # fmt: skip
+    card = make_source_card(name, permitted_uses=uses, columns=columns)
     out = folder / name
     build_shards(card, root, out, options=BuildOptions(samples_per_shard=shard))
     return out

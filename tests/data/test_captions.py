@@ -1,6 +1,5 @@
 """Captions as token ids: CLIP's, as long as the longest, zeros where there is none; in batches, each its image's."""
 
-import csv
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,10 +12,10 @@ from PIL import Image
 from panfm.data.batch import NO_GROUP
 from panfm.data.captions import TokenizerConfig, load_tokenizer, number_texts, tokenise
 from panfm.errors import UserError
-from panfm.shards.cards import SourceCard
 from panfm.shards.index import open_shard_set
 from panfm.shards.packing import BuildOptions
 from panfm.shards.writer import build_shards
+from tests.archives import make_source_card, write_table
 from tests.data.loading import START, assert_same, draw_steps, make_loader
 
 pytestmark = pytest.mark.skipif(find_spec("open_clip") is None, reason='no open_clip: pip install "panfm[text]"')
@@ -79,25 +78,8 @@ def captioned(tmp_path_factory: pytest.TempPathFactory, make_picture: Callable[.
     rows = [{"path": f"{n}.jpg", "text": f"spot number {n}, naïve" if n % 3 else ""} for n in range(24)]
     for number, row in enumerate(rows):
         make_picture(number).save(root / row["path"], quality=90)
-    with (root / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["path", "text"])
-        writer.writeheader()
-        writer.writerows(rows)
-    card = SourceCard(
-        version=1,
-        name="captioned",
-        title="captioned",
-        origin="drawn by a test",
-        licence="CC0",
-        permitted_uses=("research",),
-        identifiers="public",
-        synthetic=True,
-        access="open",
-        how_to_obtain="run the test",
-        modality="clinical",
-        table="table.csv",
-        columns={"path": "path", "caption": "text"},
-    )
+    write_table(root / "table.csv", rows)
+    card = make_source_card("captioned", modality="clinical", columns={"path": "path", "caption": "text"})
     out = root / "shards"
     build_shards(card, root, out, options=BuildOptions(samples_per_shard=10))
     shard_set = open_shard_set(out)

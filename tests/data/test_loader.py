@@ -105,7 +105,7 @@ def test_excluded_groups_never_appear(alpha: Path, beta: Path) -> None:
     facts = loader.sources[0]
     assert (facts.source, facts.num_samples, facts.num_excluded, facts.num_kept) == ("alpha", 60, 24, 36)
     assert facts.num_by_modality == {"clinical": 12, "dermoscopic": 24}
-    assert (facts.licence, facts.path) == ("CC0", str(alpha))
+    assert (facts.licence, facts.path) == ("CC0 1.0", str(alpha))
     assert facts.data_hash == open_shard_set(alpha).compute_data_hash()
     assert loader.sources[1].num_kept == 7 and loader.num_samples == 43
     drawn = {int(p) for batch in draw_steps(loader, 15) for p in batch.patients}

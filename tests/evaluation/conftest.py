@@ -1,6 +1,5 @@
 """A small archive as shards: 36 patients, 72 photographs, a colour that tells the diagnosis in most of them."""
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +12,14 @@ from panfm.evaluation.tasks import TaskCard
 from panfm.shards.cards import SourceCard
 from panfm.shards.index import ShardSet, open_shard_set
 from panfm.shards.writer import BuildOptions, build_shards
+from tests.archives import describe_source_card, write_table
 
 NUM_PATIENTS = 36
 COLOURS = {"naevus": (190, 120, 90), "melanoma": (110, 90, 110), "wart": (200, 170, 120)}
-SOURCE = {
-    "version": 1, "name": "clinic", "title": "Test archive", "origin": "drawn", "licence": "CC0 1.0",
-    "permitted_uses": ["research"], "identifiers": "public", "synthetic": True, "access": "open",
-    "how_to_obtain": "drawn by the test", "table": "table.csv", "modality": "clinical",
-    "columns": {"path": "file", "patient_id": "patient", "lesion_id": "lesion", "official_split": "fold"},
-    "labels": {"diagnosis": {"column": "diagnosis"}},
-}  # fmt: skip
+SOURCE = describe_source_card(
+    "clinic", modality="clinical", labels={"diagnosis": {"column": "diagnosis"}},
+    columns={"path": "file", "patient_id": "patient", "lesion_id": "lesion", "official_split": "fold"},
+)  # fmt: skip
 TASK = {
     "version": 1, "name": "clinic_diagnosis", "title": "Diagnosis", "source": "clinic", "label": "diagnosis",
     "classes": ["naevus", "melanoma"], "ignore": ["wart"], "group": "patient",
@@ -63,10 +60,7 @@ def write_archive(root: Path, rows: list[dict[str, str]]) -> None:
         rng = np.random.default_rng(int(row["file"].removesuffix(".jpg")))
         pixels = rng.normal(COLOURS[row["colour"]], 45.0, (40, 48, 3)) + rng.normal(0, 25, 3)
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(root / row["file"], quality=90)
-    with (root / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(root / "table.csv", rows)
 
 
 def build(folder: Path, rows: list[dict[str, str]], **changes: object) -> ShardSet:

@@ -4,7 +4,6 @@
 lesion's own colour and shape. The mask holds bits: 1 the lesion, 2 its core, drawn with a darker colour.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from panfm.evaluation.tasks import TaskCard
 from panfm.shards.cards import SourceCard
 from panfm.shards.index import ShardSet, open_shard_set
 from panfm.shards.writer import BuildOptions, build_shards
+from tests.archives import write_table
 from tests.evaluation.conftest import SOURCE, TASK
 
 ENCODER = "timm:test_vit@random:0?image_size=64"
@@ -57,10 +57,7 @@ def build_lesions(folder: Path) -> ShardSet:
                     "lesion": f"P{patient}-{lesion}", "day": day, "fold": ("learn", "learn", "exam")[patient % 3],
                     "diagnosis": ("naevus", "melanoma")[lesion], "caption": f"{modality} {patient} {lesion}",
                 })  # fmt: skip
-    with (folder / "raw" / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(folder / "raw" / "table.csv", rows)
     card = validate(SourceCard, {key: value for key, value in CARD.items() if value is not None}, where="test card")
     build_shards(card, folder / "raw", folder / "shards", options=BuildOptions(min_side=16))
     return open_shard_set(folder / "shards")

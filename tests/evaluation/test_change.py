@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from panfm.config import validate
 from panfm.data.decode import decode_rgb
 from panfm.encoder.load import load_encoder
 from panfm.errors import UserError
@@ -22,9 +21,9 @@ from panfm.evaluation.splits import Split, load_split
 from panfm.evaluation.tasks import TaskCard
 from panfm.features import compute_features
 from panfm.measures.metrics import compute_metric
-from panfm.shards.cards import SourceCard
 from panfm.shards.index import ShardSet, open_shard_set
 from panfm.shards.writer import BuildOptions, build_shards
+from tests.archives import make_source_card
 
 CARD = {
     "columns": {
@@ -144,13 +143,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     columns = {
         "path": "file", "patient_id": "patient", "lesion_id": "lesion", "official_split": "fold", "visit_day": "day",
     }  # fmt: skip
-    values = {
-        "version": 1, "name": "clinic", "title": "Test archive", "origin": "drawn", "licence": "CC0 1.0",
-        "permitted_uses": ["research"], "identifiers": "public", "synthetic": True, "access": "open",
-        "how_to_obtain": "drawn by the test", "table": "table.csv", "modality": "dermoscopic", "columns": columns,
-        "labels": {"change": {"column": "change"}},
-    }  # fmt: skip
-    card = validate(SourceCard, values, where="test")
+    card = make_source_card("clinic", modality="dermoscopic", columns=columns, labels={"change": {"column": "change"}})
     build_shards(card, root / "raw", root / "shards", options=BuildOptions(min_side=16))
     return open_shard_set(root / "shards")
 

@@ -10,7 +10,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from panfm.config import validate
 from panfm.errors import UserError
 from panfm.evaluation.contamination import AuditSettings, AuditSummary, run_audit
 from panfm.evaluation.contamination_list import AUDIT_SCHEMA, Audit, find_copied, find_seen, read_audit
@@ -18,10 +17,10 @@ from panfm.evaluation.protocol import build_trial
 from panfm.evaluation.results import EncoderCard, TrainedOn
 from panfm.evaluation.splits import load_split
 from panfm.evaluation.tasks import load_task
-from panfm.shards.cards import SourceCard
 from panfm.shards.index import ShardSet, open_shard_set
 from panfm.shards.packing import BuildOptions
 from panfm.shards.writer import build_shards
+from tests.archives import make_source_card, write_table
 from tests.shards.pictures import COPIES, draw_skin
 
 NUM_PATIENTS = 12  # two images each; every third patient tests
@@ -42,18 +41,11 @@ def build(folder: Path, name: str, rows: list[dict[str, str]], images: list[Imag
             (root / row["file"]).write_bytes(image)
         else:
             image.save(root / row["file"], quality=95)
-    with (root / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    card = {
-        "version": 1, "name": name, "title": name, "origin": "drawn", "licence": "CC0 1.0",
-        "permitted_uses": ["research"], "identifiers": "public", "synthetic": True, "access": "open",
-        "how_to_obtain": "drawn by the test", "table": "table.csv", "modality": "dermoscopic",
-        "columns": {"path": "file", "patient_id": "patient", "official_split": "fold"},
-        "labels": {"diagnosis": {"column": "diagnosis"}}, **more,
-    }  # fmt: skip
-    build_shards(validate(SourceCard, card, where="test card"), root, folder / name, options=BuildOptions(min_side=16))
+    write_table(root / "table.csv", rows)
+    columns = {"path": "file", "patient_id": "patient", "official_split": "fold"}
+    labels = {"diagnosis": {"column": "diagnosis"}}
+    card = make_source_card(name, modality="dermoscopic", columns=columns, labels=labels, **more)
+    build_shards(card, root, folder / name, options=BuildOptions(min_side=16))
     return folder / name
 
 

@@ -1,6 +1,5 @@
 """A small archive as a hospital might hand it over: photographs, masks, a table; written anew for each test."""
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 from panfm.shards.cards import SourceCard
+from tests.archives import describe_source_card, write_table
 from tests.shards.wsi_pyramids import draw_tissue, write_pyramid
 
 
@@ -33,10 +33,7 @@ class Archive:
         return SourceCard.model_validate(self.values)
 
     def write_table(self) -> None:
-        with (self.root / "table.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_table(self.root / "table.csv", self.rows)
 
 
 @pytest.fixture
@@ -67,19 +64,8 @@ def make_archive(tmp_path: Path) -> Callable[..., Archive]:
                     "text": f"a mole of patient number {number}" if number == 2 else "",
                 }
             )
-        values = {
-            "version": 1,
-            "name": "small",
-            "title": "A small archive",
-            "origin": "drawn",
-            "licence": "CC0 1.0",
-            "permitted_uses": ["research"],
-            "identifiers": "public",
-            "access": "open",
-            "how_to_obtain": "drawn by the tests",
-            "synthetic": True,
+        values = describe_source_card("small") | {
             "modality": "clinical",
-            "table": "table.csv",
             "columns": {
                 "path": "file",
                 "patient_id": "patient",
@@ -114,19 +100,8 @@ def make_slides(tmp_path: Path) -> Callable[..., Archive]:
         for number, size in enumerate(sizes):
             write_pyramid(root / f"slides/slide{number}.tiff", draw_tissue(*size), 0.5, (1,), compression="zlib")
             rows.append({"file": f"slides/slide{number}.tiff", "slide": f"S{number}"})
-        values = {
-            "version": 1,
-            "name": "small_slides",
-            "title": "A few small slides",
-            "origin": "drawn",
-            "licence": "CC0 1.0",
-            "permitted_uses": ["research"],
-            "identifiers": "public",
-            "access": "open",
-            "how_to_obtain": "drawn by the tests",
-            "synthetic": True,
+        values = describe_source_card("small_slides") | {
             "modality": "histopathology",
-            "table": "table.csv",
             "columns": {"path": "file", "slide_id": "slide"},
             "slides": {"tile_um": 56.0, "mpp": 0.5},
         }

@@ -12,6 +12,7 @@ import tifffile
 
 from panfm.errors import UserError
 from panfm.shards.check import Findings, check_archive
+from tests.archives import describe_source_card
 from tests.shards.conftest import draw_picture
 
 
@@ -131,17 +132,15 @@ def test_slides_must_state_their_resolution(tmp_path: Path) -> None:
         tifffile.imwrite(
             tmp_path / "slides" / f"{name}.tif", pixels, tile=(256, 256), photometric="rgb", metadata=None, **options
         )
-    card = {
-        "version": 1, "name": "slides", "title": "Slides", "origin": "drawn", "licence": "CC0 1.0",
-        "permitted_uses": ["research"], "identifiers": "public", "access": "open", "how_to_obtain": "drawn",
-        "modality": "histopathology", "listing": ["slides/{slide}"], "slides": {"tile_um": 112.0, "mpp": 0.5},
-    }  # fmt: skip
+    slides = {"tile_um": 112.0, "mpp": 0.5}
+    values = {"modality": "histopathology", "listing": ["slides/{slide}"], "table": None, "slides": slides}
+    card = describe_source_card("slides", **values)
     found = check(card, tmp_path)
     assert found.num_slide_faults == 2 and not found.is_as_expected and not found.missing
     page = str(found)
     assert "bare.tif: states no resolution" in page and "odd.tif: states 50 x 50 microns per pixel" in page
     assert "good.tif" not in page
-    card["slides"]["fallback_mpp"] = 0.5  # type: ignore[index]
+    slides["fallback_mpp"] = 0.5
     assert check(card, tmp_path).num_slide_faults == 0
 
 

@@ -19,6 +19,7 @@ from panfm.shards.cards import SourceCard, load_card
 from panfm.shards.drafting.draft import Draft, draft_card, write_draft
 from panfm.shards.sources import read_records
 from panfm.shards.writer import BuildOptions, build_shards
+from tests.archives import write_table
 
 FRENCH = (
     "IPP;Nom;Prénom;Date de naissance;Sexe;Âge;Phototype;N° lésion;Localisation;Diagnostic;Histologie;"
@@ -239,10 +240,7 @@ def test_a_german_table(tmp_path: Path) -> None:
 
 def small_table(root: Path, rows: list[dict[str, str]]) -> Path:
     table = root / "table.csv"
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(table, rows)
     return table
 
 

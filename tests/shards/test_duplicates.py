@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 
 from panfm.errors import UserError
-from panfm.shards.cards import SourceCard
 from panfm.shards.duplicates import Pairs, find_copies, find_exact, group_pairs, join_values, list_firsts, list_images
 from panfm.shards.index import ShardSet, open_shard_set
 from panfm.shards.packing import BuildOptions
 from panfm.shards.writer import build_shards
+from tests.archives import make_source_card
 from tests.shards.pictures import COPIES, draw_skin
 
 NUM_IMAGES = 12
@@ -31,21 +31,7 @@ def build(folder: Path, name: str, images: dict[str, object]) -> ShardSet:
         else:
             image.save(root / file, quality=95)  # type: ignore[attr-defined]
     (root / "table.csv").write_text("path\n" + "".join(f"{file}\n" for file in images))
-    card = SourceCard(
-        version=1,
-        name=name,
-        title=name,
-        origin="drawn by a test",
-        licence="CC0",
-        permitted_uses=("research",),
-        identifiers="public",
-        synthetic=True,
-        access="open",
-        how_to_obtain="run the test",
-        table="table.csv",
-        modality="dermoscopic",
-        columns={"path": "path"},
-    )
+    card = make_source_card(name, modality="dermoscopic", columns={"path": "path"})
     build_shards(card, root, folder / name, options=BuildOptions(min_side=16))
     return open_shard_set(folder / name)
 

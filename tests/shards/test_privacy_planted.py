@@ -5,7 +5,6 @@ The same search is run on the archive first, where it must find every one: it ca
 
 import base64
 import binascii
-import csv
 import io
 import json
 import struct
@@ -28,6 +27,7 @@ from panfm.shards.cards import SourceCard
 from panfm.shards.index import open_shard_set
 from panfm.shards.privacy import load_key
 from panfm.shards.writer import BuildOptions, build_shards
+from tests.archives import describe_source_card, write_table
 from tests.shards.wsi_pyramids import draw_tissue
 
 pytest.importorskip("pydicom")
@@ -35,6 +35,7 @@ pytest.importorskip("pydicom")
 from tests.shards.dicom_files import write_dicom
 
 STEM = "Qxplant"
+PRIVATE = describe_source_card("clinic", identifiers="private", access="private", synthetic=None)
 GPS = 4_813_743  # hundred-thousandths of a degree
 MRN = 90_817_263
 DATES = ("2019:03:12", "20190312", "2019-03-12", "12.03.2019", "19610312", "1961-03-12", "12 mars 1961")
@@ -341,23 +342,11 @@ def make_archive(plant: Plants, root: Path) -> SourceCard:
     exif[271], exif[272] = "Apple", f"{owned} iPhone 6"
     (root / "owned.jpg").write_bytes(encode(draw(20), "JPEG", exif=exif))
     rows.append(rows[0] | {"file": "owned.jpg", "mask": "", "person": owned})
-    with (root / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(root / "table.csv", rows)
     return SourceCard.model_validate(
-        {
-            "version": 1,
-            "name": "clinic",
-            "title": "A clinic's archive",
-            "origin": "drawn",
-            "licence": "CC0 1.0",
-            "permitted_uses": ["research"],
-            "identifiers": "private",
-            "access": "private",
-            "how_to_obtain": "drawn by the tests",
+        PRIVATE
+        | {
             "modality": "clinical",
-            "table": "table.csv",
             "images": {"image": {"path": "{file}", "mask": "{mask}"}},
             "columns": {
                 "patient_id": "patient",
@@ -452,18 +441,9 @@ def test_a_planted_field_stops_the_build(tmp_path: Path, column: str, cell: str,
     cells |= {"diagnosis": "nevus"} | {column.rpartition(".")[2]: cell}
     (root / "table.csv").write_text(",".join(cells) + "\n" + ",".join(f'"{cell}"' for cell in cells.values()) + "\n")
     card = SourceCard.model_validate(
-        {
-            "version": 1,
-            "name": "clinic",
-            "title": "A clinic's archive",
-            "origin": "drawn",
-            "licence": "CC0 1.0",
-            "permitted_uses": ["research"],
-            "identifiers": "private",
-            "access": "private",
-            "how_to_obtain": "drawn by the tests",
+        PRIVATE
+        | {
             "modality": "clinical",
-            "table": "table.csv",
             "columns": {
                 "path": "file",
                 "patient_id": "patient",
@@ -513,18 +493,10 @@ def test_nothing_planted_in_slides_comes_through(tmp_path: Path) -> None:
     for text, place in plant.places.items():
         assert find(root, text), place
     card = SourceCard.model_validate(
-        {
-            "version": 1,
+        PRIVATE
+        | {
             "name": "slides",
-            "title": "Slides",
-            "origin": "drawn",
-            "licence": "CC0 1.0",
-            "permitted_uses": ["research"],
-            "identifiers": "private",
-            "access": "private",
-            "how_to_obtain": "drawn by the tests",
             "modality": "histopathology",
-            "table": "table.csv",
             "columns": {"path": "file", "patient_id": "patient", "slide_id": "slide"},
             "slides": {"tile_um": 64, "mpp": 0.5},
         }

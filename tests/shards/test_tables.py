@@ -1,8 +1,6 @@
 """Rows from tables, listings, joins and derived columns: what comes out, and which fault is named where."""
 
-import csv
 import zipfile
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +15,13 @@ from panfm.shards.raw_files import read_raw
 from panfm.shards.sources import compute_code_report, read_records
 from panfm.shards.tables import iterate_rows
 from panfm.shards.writer import BuildOptions, build_shards
+from tests.archives import make_source_card, write_table
 from tests.shards.conftest import draw_picture
 from tests.shards.dicom_files import write_dicom
 
-BASE: dict[str, Any] = {
-    "version": 1,
-    "name": "small",
-    "title": "A small archive",
-    "origin": "drawn",
-    "licence": "CC0 1.0",
-    "permitted_uses": ["research"],
-    "identifiers": "public",
-    "access": "open",
-    "how_to_obtain": "drawn by the tests",
-    "modality": "clinical",
-}
-
 
 def make_card(**values: Any) -> SourceCard:
-    return SourceCard.model_validate({key: value for key, value in (BASE | values).items() if value is not None})
-
-
-def write_csv(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    rows = list(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    return make_source_card("small", **({"modality": "clinical", "table": None, "synthetic": None} | values))
 
 
 def write_images(root: Path, *names: str) -> None:
@@ -90,8 +67,8 @@ def test_a_listing_that_fits_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def two_tables(root: Path) -> dict[str, Any]:
-    write_csv(root / "a.csv", [{"image": "i1", "sex": "m"}, {"image": "i2", "sex": ""}])
-    write_csv(root / "b.csv", [{"id": "i2", "MEL": "0", "NV": "1.0"}, {"id": "i1", "MEL": "1.0", "NV": "0"}])
+    write_table(root / "a.csv", [{"image": "i1", "sex": "m"}, {"image": "i2", "sex": ""}])
+    write_table(root / "b.csv", [{"id": "i2", "MEL": "0", "NV": "1.0"}, {"id": "i1", "MEL": "1.0", "NV": "0"}])
     return {
         "table": "a.csv",
         "joins": [{"table": "b.csv", "match": {"image": "id"}}],
@@ -135,7 +112,7 @@ def test_a_joined_table_gives_its_columns(tmp_path: Path) -> None:
 )
 def test_faulty_joins_and_one_hot_cells_are_named(tmp_path: Path, rows: list[dict[str, str]], words: list[str]) -> None:
     card = make_card(**two_tables(tmp_path))
-    write_csv(tmp_path / "b.csv", rows)
+    write_table(tmp_path / "b.csv", rows)
     with pytest.raises(UserError) as error:
         read_records(card, tmp_path)
     for word in words:
@@ -143,31 +120,31 @@ def test_faulty_joins_and_one_hot_cells_are_named(tmp_path: Path, rows: list[dic
 
 
 def test_a_join_may_mark_the_rows_that_it_lists(tmp_path: Path) -> None:
-    write_csv(tmp_path / "meta.csv", [{"file": f"{number}.jpg"} for number in range(3)])
-    write_csv(tmp_path / "train.csv", [{"indexes": "0"}, {"indexes": "2"}])
-    write_csv(tmp_path / "test.csv", [{"indexes": "1"}])
+    write_table(tmp_path / "meta.csv", [{"file": f"{number}.jpg"} for number in range(3)])
+    write_table(tmp_path / "train.csv", [{"indexes": "0"}, {"indexes": "2"}])
+    write_table(tmp_path / "test.csv", [{"indexes": "1"}])
     joins = [
         {"table": f"{part}.csv", "match": {"row_number": "indexes"}, "required": False, "mark": {"split": part}}
         for part in ("train", "test")
     ]
     card = make_card(table="meta.csv", joins=joins, columns={"path": "file", "official_split": "split"})
     assert [one.metadata["official_split"] for one in read_records(card, tmp_path)] == ["train", "test", "train"]
-    write_csv(tmp_path / "test.csv", [{"indexes": "0"}])
+    write_table(tmp_path / "test.csv", [{"indexes": "0"}])
     with pytest.raises(UserError, match=r"column split: 'train' here, 'test' in test.csv"):
         read_records(card, tmp_path)
 
 
 def test_parts_of_one_table_fill_one_column_and_contradictions_are_errors(tmp_path: Path) -> None:
     write_images(tmp_path, "a/i1.jpg", "b/i2.jpg", "b/i3.jpg")
-    write_csv(tmp_path / "a.csv", [{"image": "i1", "dx": "nv"}])
-    write_csv(tmp_path / "b.csv", [{"image": "i2", "dx": "mel"}])
+    write_table(tmp_path / "a.csv", [{"image": "i1", "dx": "nv"}])
+    write_table(tmp_path / "b.csv", [{"image": "i2", "dx": "mel"}])
     values: dict[str, Any] = {
         "listing": "{part}/{image}.jpg",
         "joins": [{"table": name, "match": {"image": "image"}, "required": False} for name in ("a.csv", "b.csv")],
         "labels": {"diagnosis": {"column": "dx"}},
     }
     assert [one.labels.get("diagnosis") for one in read_records(make_card(**values), tmp_path)] == ["nv", "mel", None]
-    write_csv(tmp_path / "b.csv", [{"image": "i1", "dx": "mel"}])
+    write_table(tmp_path / "b.csv", [{"image": "i1", "dx": "mel"}])
     with pytest.raises(UserError, match=r"column dx: 'nv' here, 'mel' in b.csv; .*prefix"):
         read_records(make_card(**values), tmp_path)
     values["joins"][1]["prefix"] = "second_"
@@ -180,7 +157,7 @@ def test_parts_of_one_table_fill_one_column_and_contradictions_are_errors(tmp_pa
 
 
 def test_a_row_with_two_images_gives_two_records_of_one_lesion(tmp_path: Path) -> None:
-    write_csv(tmp_path / "meta.csv", [{"case": "7", "derm": "d/7.jpg", "clinic": "c/7.jpg"}])
+    write_table(tmp_path / "meta.csv", [{"case": "7", "derm": "d/7.jpg", "clinic": "c/7.jpg"}])
     card = make_card(
         modality=None,
         table="meta.csv",
@@ -198,7 +175,7 @@ def test_a_row_with_two_images_gives_two_records_of_one_lesion(tmp_path: Path) -
 
 def test_the_first_template_whose_file_exists_is_taken(tmp_path: Path) -> None:
     write_images(tmp_path, "part_1/a.jpg", "part_2/b.jpg", "masks/b.png")
-    write_csv(tmp_path / "t.csv", [{"id": "a"}, {"id": "b"}, {"id": "c"}])
+    write_table(tmp_path / "t.csv", [{"id": "a"}, {"id": "b"}, {"id": "c"}])
     card = make_card(
         table="t.csv", images={"image": {"path": ["part_1/{id}.jpg", "part_2/{id}.jpg"], "mask": "masks/{id}.png"}}
     )
@@ -226,7 +203,7 @@ def test_members_of_containers_are_read_in_place(tmp_path: Path, kind: str) -> N
             for name, data in files.items():
                 archive[name] = np.void(data)  # as the ISIC 2024 file holds its JPEGs
         template = "images.hdf5::{id}"
-    write_csv(tmp_path / "t.csv", [{"id": "a"}, {"id": "b"}, {"id": "gone"}])
+    write_table(tmp_path / "t.csv", [{"id": "a"}, {"id": "b"}, {"id": "gone"}])
     card = make_card(table="t.csv", images={"image": {"path": template}}, columns={"key": "id"})
     records = read_records(card, tmp_path)
     assert read_raw(records[0].path, records[0].member) == files["a"]
@@ -238,10 +215,10 @@ def test_members_of_containers_are_read_in_place(tmp_path: Path, kind: str) -> N
 
 def test_paths_that_leave_the_root_are_refused(tmp_path: Path) -> None:
     for text in ("../secret.jpg", "/etc/passwd", "C:\\\\photos\\\\a.jpg"):
-        write_csv(tmp_path / "t.csv", [{"file": text}])
+        write_table(tmp_path / "t.csv", [{"file": text}])
         with pytest.raises(UserError, match=r"line 2, column file: .*below --root"):
             read_records(make_card(table="t.csv", columns={"path": "file"}), tmp_path)
-    write_csv(tmp_path / "t.csv", [{"file": "photos\\a.jpg"}])  # as Windows writes it
+    write_table(tmp_path / "t.csv", [{"file": "photos\\a.jpg"}])  # as Windows writes it
     assert (
         read_records(make_card(table="t.csv", columns={"path": "file"}), tmp_path)[0].path == tmp_path / "photos/a.jpg"
     )
@@ -251,7 +228,7 @@ def test_paths_that_leave_the_root_are_refused(tmp_path: Path) -> None:
 
 
 def test_derived_columns(tmp_path: Path) -> None:
-    write_csv(tmp_path / "t.csv", [{"file": "TCGA-D3-A1Q1-01Z.jpg", "n": "4"}])
+    write_table(tmp_path / "t.csv", [{"file": "TCGA-D3-A1Q1-01Z.jpg", "n": "4"}])
     card = make_card(
         table="t.csv",
         derive={
@@ -266,17 +243,17 @@ def test_derived_columns(tmp_path: Path) -> None:
         "TCGA-D3-A1Q1/4",
         "TCGA-D3-A1Q1-01Z",
     )
-    write_csv(tmp_path / "t.csv", [{"file": "x.jpg", "n": "4"}])
+    write_table(tmp_path / "t.csv", [{"file": "x.jpg", "n": "4"}])
     with pytest.raises(UserError, match=r"line 2, column file: 'x.jpg' does not fit pattern .*derive.patient"):
         read_records(card, tmp_path)
 
 
 def test_aliases_join_patients_and_corrections_keep_what_the_table_said(tmp_path: Path) -> None:
     rows = [{"file": f"{n}.jpg", "pat": name, "dx": "nv"} for n, name in enumerate(("DOE J", "Doe, J", "ROE"))]
-    write_csv(tmp_path / "t.csv", rows)
-    write_csv(tmp_path / "patient_aliases.csv", [{"patient_id": "Doe, J", "same_as": "DOE J"}])
+    write_table(tmp_path / "t.csv", rows)
+    write_table(tmp_path / "patient_aliases.csv", [{"patient_id": "Doe, J", "same_as": "DOE J"}])
     correction = {"key": "1.jpg", "label": "diagnosis", "old": "nevus", "new": "melanoma", "version": "1", "reason": ""}
-    write_csv(tmp_path / "fix.csv", [correction | {"old": "melanoma", "new": "", "version": "2"}, correction])
+    write_table(tmp_path / "fix.csv", [correction | {"old": "melanoma", "new": "", "version": "2"}, correction])
     values: dict[str, Any] = {
         "table": "t.csv",
         "columns": {"path": "file", "patient_id": "pat"},
@@ -292,16 +269,16 @@ def test_aliases_join_patients_and_corrections_keep_what_the_table_said(tmp_path
         {"diagnosis": "nevus"},
     ]
     assert records.label_version == 2
-    write_csv(tmp_path / "fix.csv", [correction | {"old": "keratosis"}])
+    write_table(tmp_path / "fix.csv", [correction | {"old": "keratosis"}])
     with pytest.raises(UserError, match=r"fix.csv, line 2: diagnosis of '1.jpg' is 'nevus', not 'keratosis'"):
         read_records(make_card(**values), tmp_path)
-    write_csv(tmp_path / "fix.csv", [correction | {"new": "melanom"}])
+    write_table(tmp_path / "fix.csv", [correction | {"new": "melanom"}])
     with pytest.raises(UserError, match=r"line 2: new value 'melanom' is none of diagnosis .* \(melanoma, nevus\)"):
         read_records(make_card(**values), tmp_path)
-    write_csv(tmp_path / "fix.csv", [correction | {"key": "9.jpg"}])
+    write_table(tmp_path / "fix.csv", [correction | {"key": "9.jpg"}])
     with pytest.raises(UserError, match=r"fix.csv, line 2: no image has the key '9.jpg'"):
         read_records(make_card(**values), tmp_path)
-    write_csv(
+    write_table(
         tmp_path / "patient_aliases.csv", [{"patient_id": "a", "same_as": "b"}, {"patient_id": "b", "same_as": "a"}]
     )
     with pytest.raises(UserError, match="in a circle"):
@@ -310,7 +287,7 @@ def test_aliases_join_patients_and_corrections_keep_what_the_table_said(tmp_path
 
 def test_phototypes_in_roman_numerals_and_ranges(tmp_path: Path) -> None:
     texts = ["3", "3.0", "III", "ii-iv", "2-3", ""]
-    write_csv(tmp_path / "t.csv", [{"file": f"{n}.jpg", "skin": text} for n, text in enumerate(texts)])
+    write_table(tmp_path / "t.csv", [{"file": f"{n}.jpg", "skin": text} for n, text in enumerate(texts)])
     card = make_card(table="t.csv", columns={"path": "file", "phototype": "skin"})
     found = [
         (one.metadata.get("phototype_low"), one.metadata.get("phototype_high")) for one in read_records(card, tmp_path)
@@ -319,7 +296,7 @@ def test_phototypes_in_roman_numerals_and_ranges(tmp_path: Path) -> None:
 
 
 def test_cells_that_a_label_does_not_list(tmp_path: Path) -> None:
-    write_csv(tmp_path / "t.csv", [{"file": "a.jpg", "dx": "rare"}])
+    write_table(tmp_path / "t.csv", [{"file": "a.jpg", "dx": "rare"}])
 
     def read(others: str) -> dict[str, str]:
         labels = {"diagnosis": {"column": "dx", "values": {"nv": "nevus"}, "others": others}}
@@ -332,14 +309,14 @@ def test_cells_that_a_label_does_not_list(tmp_path: Path) -> None:
 
 
 def test_identifying_columns_come_along_and_others_are_not_read(tmp_path: Path) -> None:
-    write_csv(tmp_path / "t.csv", [{"file": "a.jpg", "name": "Jane Roe", "born": "1960-02-03", "phone": "555"}])
+    write_table(tmp_path / "t.csv", [{"file": "a.jpg", "name": "Jane Roe", "born": "1960-02-03", "phone": "555"}])
     card = make_card(table="t.csv", columns={"path": "file"}, identifying_columns=["name", "born"])
     assert read_records(card, tmp_path)[0].identifying == ("Jane Roe", "1960-02-03")
     assert [set(row) for _, row in iterate_rows(card, tmp_path)] == [{"file", "name", "born"}]
 
 
 def test_a_column_that_some_downloads_lack(tmp_path: Path) -> None:
-    write_csv(tmp_path / "t.csv", [{"file": "a.jpg"}])
+    write_table(tmp_path / "t.csv", [{"file": "a.jpg"}])
     values: dict[str, Any] = {"table": "t.csv", "columns": {"path": "file", "age": "age_approx"}}
     with pytest.raises(UserError, match="has no column age_approx"):
         read_records(make_card(**values), tmp_path)
@@ -388,7 +365,7 @@ def test_slices_of_records_are_small_and_equal(tmp_path: Path) -> None:
     import pickle
 
     rows = [{"file": f"folder/{n:05d}.jpg", "pat": f"P{n // 3}", "dx": f"text {n}"} for n in range(20_000)]
-    write_csv(tmp_path / "t.csv", rows)
+    write_table(tmp_path / "t.csv", rows)
     card = make_card(
         table="t.csv", columns={"path": "file", "patient_id": "pat"}, labels={"diagnosis": {"column": "dx"}}
     )
@@ -404,6 +381,6 @@ def test_slices_of_records_are_small_and_equal(tmp_path: Path) -> None:
 def test_masks_may_be_named_by_cells_and_then_must_exist(tmp_path: Path) -> None:
     write_images(tmp_path, "a.jpg")
     Image.new("L", (80, 60)).save(tmp_path / "m.png")
-    write_csv(tmp_path / "t.csv", [{"file": "a.jpg", "mask": "gone.png"}])
+    write_table(tmp_path / "t.csv", [{"file": "a.jpg", "mask": "gone.png"}])
     card = make_card(table="t.csv", columns={"path": "file", "mask_path": "mask"})
     assert read_records(card, tmp_path)[0].mask_path == tmp_path / "gone.png"

@@ -13,24 +13,12 @@ from panfm.shards.cards import SourceCard
 from panfm.shards.records import Record
 from panfm.shards.text_patterns import find_patterns
 from panfm.shards.text_scan import TextScanner
+from tests.archives import make_source_card
 
 
-def make_card(identifiers: str = "private", **values: Any) -> SourceCard:
-    facts = {
-        "version": 1,
-        "name": "clinic",
-        "title": "A clinic",
-        "origin": "drawn",
-        "licence": "CC0 1.0",
-        "permitted_uses": ["research"],
-        "identifiers": identifiers,
-        "access": "private",
-        "how_to_obtain": "drawn by the tests",
-        "modality": "clinical",
-        "table": "table.csv",
-        "columns": {"path": "file"},
-    }
-    return SourceCard.model_validate(facts | values)
+def make_card(**values: Any) -> SourceCard:
+    facts = {"identifiers": "private", "synthetic": None, "modality": "clinical", "columns": {"path": "file"}}
+    return make_source_card("clinic", **(facts | values))
 
 
 def make_record(line: int = 2, path: str = "images/photo.jpg", **values: Any) -> Record:
@@ -175,7 +163,7 @@ def test_public_sources_keep_their_texts_but_for_addresses() -> None:
     record = make_record(
         path="ISIC_0024306.jpg", caption=caption, labels={"note": "ask c@d.org", "dx": "nevus of 2019-03-12"}
     )
-    cleaned, counts = TextScanner.from_records(make_card("public"), [record]).clean(record)
+    cleaned, counts = TextScanner.from_records(make_card(identifiers="public"), [record]).clean(record)
     assert cleaned.caption == "ISIC_0024306 on 12/03/2019 by Dr. Dupont, mail [removed] or [removed]"
     assert cleaned.labels == {"note": "ask [removed]", "dx": "nevus of 2019-03-12"}
     assert counts == {
@@ -219,7 +207,7 @@ def test_a_guilty_field_stops_a_private_build(field: str, value: Any, words: str
     message = str(error.value)
     assert f"line 3, {field}: holds {words}, which must not enter" in message and str(value) not in message
     assert f"list {field} under text_scan_allow" in message and "\n" not in message
-    counts = TextScanner.from_records(make_card("public"), records).clean(records[1])[1]
+    counts = TextScanner.from_records(make_card(identifiers="public"), records).clean(records[1])[1]
     assert sum(counts.values()) == 1  # counted, where names are public
     with pytest.raises(UserError, match=field):  # and a scanner that never saw the record judges it the same
         TextScanner.from_records(make_card(), records[:1]).clean(records[1])

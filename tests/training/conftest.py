@@ -1,6 +1,5 @@
 """A small archive built by the real writer, a small config, and `panfm pretrain` as a process of its own."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from panfm.shards.cards import SourceCard
 from panfm.shards.packing import BuildOptions
 from panfm.shards.writer import build_shards
+from tests.archives import make_source_card, write_table
 from tests.forks import Forked, be_panfm, start
 from tests.ranks import run_panfm_ranks
 
@@ -43,25 +42,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse = np.random.default_rng(number).integers(30, 226, (5, 6, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((80, 64), Image.Resampling.BICUBIC).save(root / f"{number}.jpg", quality=90)
         rows.append({"path": f"{number}.jpg", "patient": f"p{number // 2}"})
-    with (root / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["path", "patient"])
-        writer.writeheader()
-        writer.writerows(rows)
-    card = SourceCard(
-        version=1,
-        name="drawn",
-        title="drawn",
-        origin="drawn by a test",
-        licence="CC0",
-        permitted_uses=("research",),
-        identifiers="public",
-        synthetic=True,
-        access="open",
-        how_to_obtain="run the test",
-        modality="dermoscopic",
-        table="table.csv",
-        columns={"path": "path", "patient_id": "patient"},
-    )
+    write_table(root / "table.csv", rows)
+    card = make_source_card("drawn", modality="dermoscopic", columns={"path": "path", "patient_id": "patient"})
     out = tmp_path_factory.mktemp("shards") / "drawn"
     build_shards(card, root, out, options=BuildOptions())
     return out
@@ -85,26 +67,10 @@ def build_labelled(folder: Path, name: str, rows: list[dict[str, str]], **change
         coarse[:, :, hash_text(row["diagnosis"]) % 3] += 150
         row["path"] = f"{number}.png"
         Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(root / row["path"])
-    with (root / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["path", "patient", "modality", "diagnosis"])
-        writer.writeheader()
-        writer.writerows(rows)
-    card = SourceCard(
-        version=1,
-        name=name,
-        title=name,
-        origin="drawn by a test",
-        licence="CC0",
-        permitted_uses=("research",),
-        identifiers="public",
-        id_namespace="drawn",
-        synthetic=True,
-        **{"access": "open", **changes},
-        how_to_obtain="run the test",
-        table="table.csv",
-        columns={"path": "path", "patient_id": "patient", "modality": "modality"},
-        labels={"diagnosis": {"column": "diagnosis"}},
-    )
+    write_table(root / "table.csv", rows)
+    columns = {"path": "path", "patient_id": "patient", "modality": "modality"}
+    labels = {"diagnosis": {"column": "diagnosis"}}
+    card = make_source_card(name, id_namespace="drawn", columns=columns, labels=labels, **changes)
     out = folder / name
     build_shards(card, root, out, options=BuildOptions())
     return out
