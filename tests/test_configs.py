@@ -11,7 +11,7 @@ import yaml
 from panfm.config import load_config, merge
 from panfm.data.masking import num_hidden
 from panfm.files import CHECKOUT, list_resources
-from panfm.objectives.pretraining import get_mask_config, get_num_views, takes_local_views
+from panfm.objectives.demands import get_mask_config, get_num_views, takes_local_views
 from panfm.training.engine import compute_num_micro_batches
 from panfm.training.flops import RunCost, compute_hours, compute_run_cost
 from panfm.training.plan import PretrainConfig, check_accumulation, check_config

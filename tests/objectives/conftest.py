@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from panfm.config import config_class, validate
 from panfm.data.batch import NO_GROUP, Batch
 from panfm.data.masking import MaskConfig, sample_mask
+from panfm.objectives.demands import ObjectiveConfig
 from panfm.objectives.interface import Mean, ObjectiveOutput
-from panfm.objectives.pretraining import ObjectiveConfig, PretrainingModel, RunLength, build_pretraining_model
+from panfm.objectives.pretraining import PretrainingModel, RunLength, build_pretraining_model
 
 SELF_DISTILLATION = {
     "kind": "self_distillation",

@@ -2,8 +2,9 @@
 
 import torch
 
+from panfm.objectives.demands import find_coupling
 from panfm.objectives.interface import Mean
-from panfm.objectives.pretraining import PretrainingModel, find_coupling
+from panfm.objectives.pretraining import PretrainingModel
 from tests.objectives.conftest import SELF_DISTILLATION, get_scalars, read
 from tests.objectives.ranks_worker import build, make_batch, take
 

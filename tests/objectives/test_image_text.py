@@ -16,6 +16,13 @@ from panfm.data.captions import TokenizerConfig, number_texts
 from panfm.distributed import all_reduce_mean, get_rank, get_world_size
 from panfm.errors import UserError
 from panfm.models.text import TextConfig
+from panfm.objectives.demands import (
+    ObjectiveConfig,
+    find_coupling,
+    get_mask_config,
+    get_num_views,
+    get_tokenizer_config,
+)
 from panfm.objectives.image_text import (
     Captions,
     ImageText,
@@ -23,13 +30,6 @@ from panfm.objectives.image_text import (
     compute_image_text_loss,
 )
 from panfm.objectives.interface import EncodedView
-from panfm.objectives.pretraining import (
-    ObjectiveConfig,
-    find_coupling,
-    get_mask_config,
-    get_num_views,
-    get_tokenizer_config,
-)
 from panfm.objectives.temperature import bound_log_scale
 from tests.objectives.ranks_worker import take
 from tests.ranks import run_ranks

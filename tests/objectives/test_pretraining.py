@@ -10,13 +10,8 @@ from torch import Tensor
 from panfm.config import to_plain, validate
 from panfm.data.masking import MaskConfig
 from panfm.errors import UserError
-from panfm.objectives.pretraining import (
-    PixelNormaliser,
-    PretrainingModel,
-    get_mask_config,
-    get_num_views,
-    get_teacher_addresses,
-)
+from panfm.objectives.demands import get_mask_config, get_num_views, get_teacher_addresses
+from panfm.objectives.pretraining import PixelNormaliser, PretrainingModel
 from tests.objectives.conftest import EMA_LATENTS, SELF_DISTILLATION, Run, get_scalars, read, train
 
 PIXELS = {"kind": "masked_image", "target": {"kind": "pixels"}, "predictor": {"width": 32, "depth": 2, "num_heads": 2}}

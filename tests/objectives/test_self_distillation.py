@@ -19,15 +19,10 @@ from panfm.errors import UserError
 from panfm.models.heads import PrototypeHead
 from panfm.models.vit import Vit
 from panfm.objectives.centring import Centre, compute_sinkhorn
+from panfm.objectives.demands import find_coupling, get_mask_config
 from panfm.objectives.interface import Mean
 from panfm.objectives.koleo import compute_koleo
-from panfm.objectives.pretraining import (
-    PretrainingModel,
-    RunLength,
-    build_pretraining_model,
-    find_coupling,
-    get_mask_config,
-)
+from panfm.objectives.pretraining import PretrainingModel, RunLength, build_pretraining_model
 from panfm.objectives.self_distillation import (
     SelfDistillationConfig,
     compute_dino_loss,

@@ -12,7 +12,8 @@ from panfm.config import validate
 from panfm.encoder import load_encoder
 from panfm.models.flops import count_flops
 from panfm.models.vit import build_vit, encode_visible, get_patch_grid
-from panfm.objectives.pretraining import RunLength, build_pretraining_model, get_teacher_addresses
+from panfm.objectives.demands import get_teacher_addresses
+from panfm.objectives.pretraining import RunLength, build_pretraining_model
 from panfm.training import flops
 from panfm.training.flops import compute_hours, compute_run_cost
 from panfm.training.plan import PretrainConfig

@@ -10,8 +10,9 @@ from panfm.data.masking import MaskConfig
 from panfm.data.mixture import MixtureConfig
 from panfm.data.transforms import AugmentConfig, EvalTransform
 from panfm.models.vit import EncoderConfig, TokenSplit, build_vit
+from panfm.objectives.demands import ObjectiveConfig
 from panfm.objectives.masked_image import MaskedImageConfig, MaskedPixels, PredictorConfig
-from panfm.objectives.pretraining import ObjectiveConfig, PretrainingModel, build_pretraining_model
+from panfm.objectives.pretraining import PretrainingModel, build_pretraining_model
 from panfm.objectives.targets import PixelTargetConfig, compute_pixel_targets
 from panfm.training.pictures import (
     GAP,

@@ -42,7 +42,7 @@ def preview(
     from panfm.evaluation.contamination_list import find_copied, read_audit
     from panfm.evaluation.splits import compute_excluded
     from panfm.models.vit import build_vit, get_patch_grid
-    from panfm.objectives.pretraining import get_mask_config
+    from panfm.objectives.demands import get_mask_config
     from panfm.shards.index import open_shard_set
     from panfm.training.plan import PretrainConfig, check_config, check_local_size
 

@@ -10,55 +10,32 @@ file of its own; the loop moves them by calling `begin_step` before and `after_s
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Self
+from typing import Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from panfm.data.batch import Batch
-from panfm.data.captions import TokenizerConfig
-from panfm.data.masking import MaskConfig
 from panfm.errors import UserError
 from panfm.models.heads import Decoder, Regressor, TokenHead
 from panfm.models.vit import Vit, get_patch_grid
 from panfm.objectives.centring import Centre
 from panfm.objectives.contrastive import Contrastive, ContrastiveConfig
-from panfm.objectives.ema import EmaConfig, EmaTeacher, find_misfit
+from panfm.objectives.demands import ObjectiveConfig, get_ema_config, get_mask_config
+from panfm.objectives.ema import EmaTeacher, find_misfit
 from panfm.objectives.encoding import encode_views
 from panfm.objectives.gradient_cache import CachedGradients, Comparing, cache_gradients
 from panfm.objectives.image_text import ImageText, ImageTextConfig
 from panfm.objectives.interface import EncodedView, Metric, ObjectiveOutput, ViewKey
 from panfm.objectives.masked_image import MaskedImageConfig, MaskedLatents, MaskedPixels
-from panfm.objectives.self_distillation import NUM_GLOBAL, SelfDistillation, SelfDistillationConfig
+from panfm.objectives.self_distillation import SelfDistillation, SelfDistillationConfig
 from panfm.objectives.targets import (
     EmaTargets,
     EmaTeacherConfig,
     FrozenTargets,
-    FrozenTeacherConfig,
     PixelTargetConfig,
     Teacher,
 )
-
-ObjectiveConfig = Annotated[
-    MaskedImageConfig | SelfDistillationConfig | ContrastiveConfig | ImageTextConfig, Field(discriminator="kind")
-]
-
-__all__ = [
-    "ObjectiveConfig",
-    "ObjectiveOutput",
-    "PixelNormaliser",
-    "PretrainingModel",
-    "RunLength",
-    "build_pretraining_model",
-    "find_coupling",
-    "get_ema_config",
-    "get_mask_config",
-    "get_num_views",
-    "get_teacher_addresses",
-    "get_tokenizer_config",
-    "takes_local_views",
-]
 
 
 class PixelNormaliser(nn.Module):
@@ -278,93 +255,6 @@ def build_pretraining_model(
             else:
                 modules[name] = _build_masked_image(vit, config, image_size, normalise, teachers)
     return PretrainingModel(vit, modules, weights, normalise, teacher)
-
-
-def get_mask_config(objectives: Sequence[ObjectiveConfig]) -> MaskConfig | None:
-    """The mask that the loader draws for these objectives, None if none hides patches; different ones are an error."""
-    masks: dict[MaskConfig, str] = {}
-    for config in objectives:
-        if isinstance(config, ContrastiveConfig | ImageTextConfig):
-            continue
-        if isinstance(config, SelfDistillationConfig) and config.mask is None:
-            if config.ibot_weight:
-                raise UserError(
-                    f"objectives: self_distillation with ibot_weight {config.ibot_weight} predicts hidden patches, and "
-                    "its mask is null; give it a mask, or set ibot_weight: 0"
-                )
-            continue
-        assert config.mask is not None
-        masks.setdefault(config.mask, config.kind)
-    if len(masks) > 1:
-        (first, name), (second, other) = list(masks.items())[:2]
-        raise UserError(
-            f"objectives: {name} has the mask {first} and {other} has {second}; all must be the same, because the "
-            "views of a batch have one mask each: give both the same mask section"
-        )
-    return next(iter(masks), None)
-
-
-def get_ema_config(objectives: Sequence[ObjectiveConfig]) -> EmaConfig | None:
-    """How the EMA teacher of these objectives follows, None if none has one; different ways are an error."""
-    configs = [config.ema for config in objectives if isinstance(config, SelfDistillationConfig)]
-    targets = [config.target for config in objectives if isinstance(config, MaskedImageConfig)]
-    configs += [target.ema for target in targets if isinstance(target, EmaTeacherConfig)]
-    for config in configs[1:]:
-        if config != configs[0]:
-            raise UserError(
-                f"objectives: one teacher follows with {configs[0]}, another with {config}; a run has one teacher: "
-                "give both the same ema section"
-            )
-    return configs[0] if configs else None
-
-
-def get_teacher_addresses(objectives: Sequence[ObjectiveConfig]) -> tuple[str, ...]:
-    """Encoder addresses of the frozen teachers, each once, in the order of the config."""
-    targets = [config.target for config in objectives if isinstance(config, MaskedImageConfig)]
-    return tuple(dict.fromkeys(target.address for target in targets if isinstance(target, FrozenTeacherConfig)))
-
-
-def get_tokenizer_config(objectives: Sequence[ObjectiveConfig]) -> TokenizerConfig | None:
-    """How the loader makes token ids of captions, None if no objective reads them; two ways are an error."""
-    lengths = sorted({config.text.context_length for config in objectives if isinstance(config, ImageTextConfig)})
-    if len(lengths) > 1:
-        raise UserError(
-            f"objectives: image_text has text.context_length {lengths[0]} and {lengths[1]}; all must be the same, "
-            "because a batch holds its captions once: give both the same"
-        )
-    return TokenizerConfig(context_length=lengths[0]) if lengths else None
-
-
-def get_num_views(objectives: Sequence[ObjectiveConfig]) -> int:
-    """How many views of each image the objectives look at, local ones aside: the least that `augment.views` may be."""
-    return max(_count_views(config) for config in objectives)
-
-
-def takes_local_views(objectives: Sequence[ObjectiveConfig]) -> bool:
-    """Whether an objective looks at local views; else drawing them (`augment.local_views`) is for nothing."""
-    return any(isinstance(config, SelfDistillationConfig) for config in objectives)
-
-
-def find_coupling(objectives: Sequence[ObjectiveConfig]) -> str | None:
-    """The first part of these objectives that needs all images of a step in one micro batch of each rank, in words.
-
-    None: there is no such part. A running centre adds up over micro batches, and for contrastive and image-text losses
-    gradients are cached. Sinkhorn-Knopp and KoLeo compare the images of one pass. (DINOv2 has no accumulation, and
-    KoLeo on each rank by itself.)
-    """
-    for config in objectives:
-        if isinstance(config, SelfDistillationConfig):
-            if config.centring == "sinkhorn_knopp":
-                return "self_distillation with Sinkhorn-Knopp (centring: mean does without)"
-            if config.koleo_weight:
-                return "self_distillation with KoLeo (koleo_weight: 0 does without)"
-    return None
-
-
-def _count_views(config: ObjectiveConfig) -> int:
-    if isinstance(config, SelfDistillationConfig):
-        return NUM_GLOBAL
-    return config.num_views if isinstance(config, ContrastiveConfig) else 1
 
 
 def _build_masked_image(

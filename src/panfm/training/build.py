@@ -18,14 +18,8 @@ from panfm.encoder import load_encoder
 from panfm.encoder.initial import read_initial, start_from
 from panfm.models.vit import build_vit, get_patch_grid
 from panfm.models.weights import InitReport
-from panfm.objectives.pretraining import (
-    PretrainingModel,
-    RunLength,
-    build_pretraining_model,
-    get_mask_config,
-    get_teacher_addresses,
-    get_tokenizer_config,
-)
+from panfm.objectives.demands import get_mask_config, get_teacher_addresses, get_tokenizer_config
+from panfm.objectives.pretraining import PretrainingModel, RunLength, build_pretraining_model
 from panfm.optim import compute_num_steps
 from panfm.shards.index import Exclusion
 from panfm.training.engine import Engine

@@ -23,15 +23,9 @@ from panfm.encoder.network import EncoderNetwork
 from panfm.encoder.schemes import BUILDERS
 from panfm.models.flops import count_flops
 from panfm.models.vit import build_vit, get_patch_grid
+from panfm.objectives.demands import get_mask_config, get_teacher_addresses, get_tokenizer_config
 from panfm.objectives.image_text import ImageTextConfig
-from panfm.objectives.pretraining import (
-    PretrainingModel,
-    RunLength,
-    build_pretraining_model,
-    get_mask_config,
-    get_teacher_addresses,
-    get_tokenizer_config,
-)
+from panfm.objectives.pretraining import PretrainingModel, RunLength, build_pretraining_model
 from panfm.optim import compute_num_steps
 from panfm.training.memory import SavedTensors
 from panfm.training.plan import PretrainConfig

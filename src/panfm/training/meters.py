@@ -2,11 +2,15 @@
 
     counted operations of a sample (flops.py), peak of all ranks (hardware.py), images a second  ->  mfu
     joules of every rank (energy.py), what earlier parts of the run took                         ->  energy_kwh, co2_kg
+    samples, seconds, seconds of waiting since the last record  --SpeedWindow-->  images a second, data_wait_share
 
 Every rank has Meters; only rank 0's sums are written down. What is not known is None.
 """
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +73,30 @@ class Meters:
             "energy_source": self.source,
             "co2_kg": None if kwh is None or self._grams_per_kwh is None else kwh * self._grams_per_kwh / 1e3,
         }
+
+
+class SpeedWindow:
+    """Between two records: the samples of all ranks, and how long this one took and waited for its data."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._started, self._waited, self.num_samples = time.monotonic(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count what is inside as waiting for data."""
+        asked = time.monotonic()
+        yield
+        self._waited += time.monotonic() - asked
+
+    def read(self) -> tuple[float, float]:
+        """Images a second and the share of the time that was waited; the next window begins."""
+        seconds = time.monotonic() - self._started
+        speed, share = self.num_samples / seconds, self._waited / seconds
+        self._begin()
+        return speed, share
 
 
 def _name(device: torch.device) -> str:

@@ -24,7 +24,7 @@ from panfm.encoder import facts as encoder_facts
 from panfm.encoder.facts import EncoderFacts, TransformFacts
 from panfm.errors import UserError
 from panfm.models.vit import EncoderConfig, get_timm_kwargs
-from panfm.objectives.pretraining import (
+from panfm.objectives.demands import (
     ObjectiveConfig,
     find_coupling,
     get_ema_config,

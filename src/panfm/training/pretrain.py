@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from panfm.distributed import (
 )
 from panfm.errors import UserError
 from panfm.files import write_json
+from panfm.objectives.pretraining import PretrainingModel
 from panfm.optim import compute_lr, is_encoder_frozen
 from panfm.progress import ShowRun, run_view
 from panfm.shards.index import Exclusion
@@ -44,11 +46,8 @@ from panfm.training.checkpoint import (
     compute_folder,
     find_checkpoint,
     list_checkpoints,
-    load_checkpoint,
-    read_extra_state,
     remove_checkpoints,
 )
-from panfm.training.checkpoint_writer import PendingCheckpoint, start_checkpoint
 from panfm.training.endings import (
     EXIT_CODES,
     Outcome,
@@ -58,9 +57,9 @@ from panfm.training.endings import (
     read_next,
     share_fault,
 )
-from panfm.training.engine import compute_num_threads
+from panfm.training.engine import Engine, StepOutput, compute_num_threads
 from panfm.training.hardware import measure_memory
-from panfm.training.meters import Meters, read_energy
+from panfm.training.meters import Meters, SpeedWindow, read_energy
 from panfm.training.plan import (
     PretrainConfig,
     check_config,
@@ -69,6 +68,7 @@ from panfm.training.plan import (
     say,
 )
 from panfm.training.runs import keep_state
+from panfm.training.saver import Saver
 from panfm.training.watch import SNAPSHOTS, Look, Watch, every
 from panfm.training.watchdog import Watchdog
 
@@ -132,14 +132,11 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
         newest, passed_over = broadcast_object(find_checkpoint(out) if is_main() else (None, []))
         for line in passed_over:
             say(line)
-
-        def load(checkpoint: Path) -> TrainingState:
-            loaded = load_checkpoint(checkpoint, engine, plain, facts)
-            model.load_extra_state(read_extra_state(checkpoint), str(checkpoint))
-            return loaded
-
+        # Every rank measures its peak and its energy; what the folder says of the energy is read before it is cut back.
+        meters = Meters(config, device, kwh_before=read_energy(out, newest) if is_main() else 0.0)
+        saver = Saver(config, plain, built, out, newest, facts=facts, meters=meters, watchdog=watchdog)
         if newest is not None:
-            state = load(newest)
+            state = saver.load(newest)
         if is_main():
             for leftover in (out / "checkpoints").glob("step-*.tmp"):
                 shutil.rmtree(leftover)
@@ -151,18 +148,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             for line in init_report.to_lines():
                 say(line)
 
-        def cut_back() -> int:
-            """Remove what the run folder says of steps after `state`, which come again; samples failed before."""
-            if is_main():
-                trim_metrics(out / "metrics.jsonl", state.step)
-            # Samples that failed before, on any rank, count on; rank 0 knows of them.
-            num_kept = trim_failures(out, state.samples_seen) if is_main() else 0
-            barrier()
-            return num_kept
-
-        # Every rank measures its peak and its energy; what the folder says of the energy is read before it is cut back.
-        meters = Meters(config, device, kwh_before=read_energy(out, newest) if is_main() else 0.0)
-        num_failed = num_failed_before = cut_back()
+        num_failed = num_failed_before = _cut_back(out, state)
         end = stack.enter_context(keep_state(out, num_steps)) if is_main() else None
         failed = FailureLog(out, get_rank())
         print_plan(config, loader.sources, engine, num_steps, newest)
@@ -172,58 +158,14 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
         num_discarded = watch.resume()  # samples that rollbacks threw away
         log_wandb = stack.enter_context(open_wandb(config.tracking, out, plain)) if is_main() else None
 
-        pending: PendingCheckpoint | None = None  # the checkpoint that is being written while the loop goes on
-
-        @stack.callback
-        def wait() -> None:
-            """A run that ends with an error leaves no thread behind that still writes."""
-            if pending is not None:
-                pending.wait()
-
-        def finish() -> None:
-            """Wait for the pending checkpoint, if there is one, and complete it; every rank must call it."""
-            nonlocal pending, newest
-            if pending is not None:
-                watchdog.begin("the checkpoint that is being written", slow=True)
-                writing, pending = pending, None
-                newest = writing.finish()
-
-        def start_saving(run: Path = out, keep_last: int = config.checkpoint.keep_last) -> PendingCheckpoint:
-            finish()
-            watchdog.begin(f"checkpoint of step {state.step}", slow=True)
-            now = facts.model_copy(
-                update={
-                    "step": state.step,
-                    "samples_seen": state.samples_seen,
-                    "energy_kwh": meters.energy_kwh,
-                    "training_flops": meters.sample_flops * state.samples_seen,
-                    "hardware": meters.hardware,
-                }
-            )
-            failed.sync()
-            extra = model.copy_extra_state() if is_main() else None
-            text = None if model.text_objective is None else engine.copy_state(model.text_objective)
-            return start_checkpoint(
-                run,
-                engine,
-                state,
-                config=plain,
-                facts=now,
-                keep_last=keep_last,
-                keep_every=config.checkpoint.keep_every if run == out else None,
-                extra=extra,
-                text=text,
-                encoder=model.exported_encoder,
-            )
-
-        def save(run: Path = out, keep_last: int = config.checkpoint.keep_last) -> Path:
-            return start_saving(run, keep_last).finish()
+        stack.callback(saver.wait)  # a run that ends with an error leaves no thread behind that still writes
 
         # 3. The loop.
         outcome: Outcome = "finished"
         loss: float | None = None
         shown: dict[str, str] = {}
-        window_started, window_wait, window_steps = time.monotonic(), 0.0, 0
+        output: StepOutput | None = None  # of the last step tried
+        window = SpeedWindow()
         start = LoaderState(state.step, state.salts)
         stream = loader.iterate(start, rank=get_rank(), world_size=get_world_size(), failed=failed)
         show = stack.enter_context(
@@ -234,7 +176,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
         while state.step < num_steps or back_to is not None:
             watchdog.begin(f"step {state.step + 1}", slow=is_first or back_to is not None)
             if back_to is not None:  # as a resume from an earlier checkpoint, on other samples from there on
-                now, state, newest, back_to = state, load(back_to), back_to, None
+                now, state, saver.newest, back_to = state, saver.load(back_to), back_to, None
                 number, of = now.salts[-1][1] + 1, config.monitor.alarm.max_rollbacks
                 salts = LoaderState(now.step, now.salts).roll_back(state.step, number).salts
                 state = replace(state, salts=salts)
@@ -242,7 +184,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                 say(f"rollback {number} of {of}: from step {now.step} back to {state.step}, then on other samples")
                 if is_main():
                     remove_checkpoints(out, after=state.step)
-                num_failed = num_failed_before = cut_back()
+                num_failed = num_failed_before = _cut_back(out, state)
                 failed = FailureLog(out, get_rank())
                 watch.resume()
                 loader.close()
@@ -250,9 +192,8 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                 stream = loader.iterate(start, rank=get_rank(), world_size=get_world_size(), failed=failed)
                 show(state.samples_seen - now.samples_seen, shown)
 
-            asked = time.monotonic()
-            micro_batches, fault = read_next(stream)
-            window_wait += time.monotonic() - asked
+            with window.waiting():
+                micro_batches, fault = read_next(stream)
             fault = share_fault(fault, device)  # a rank without its batch must not leave the others in theirs
             if fault is not None:
                 outcome = "unreadable"
@@ -267,7 +208,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             if skipped and not output.skipped_by_scaler:
                 say(f"step {state.step + 1}: loss {output.loss}, gradient norm {output.grad_norm}; weights left alone")
                 if not watch.may_skip(state.step + 1):
-                    finish()
+                    saver.finish()
                     back_to = watch.find_way_back(state.step + 1, num_rollbacks=state.salts[-1][1])
                     if back_to is not None:
                         continue
@@ -280,7 +221,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             is_first = False
             # A skipped step has drawn its samples: the stream and the schedules go on behind it.
             state = replace(state, step=state.step + 1, samples_seen=state.samples_seen + batch_size)
-            window_steps += 1
+            window.num_samples += batch_size
 
             watchdog.begin(f"look after step {state.step}", slow=True)
             alarms: list[Alarm] = []
@@ -291,8 +232,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                 look, fault = Look(), f"{out}: {error.strerror}"
             last = state.step == num_steps
             if every(state.step, config.tracking.log_every) or look.numbers or last or skipped:
-                seconds = time.monotonic() - window_started
-                images_per_second = window_steps * batch_size / seconds
+                images_per_second, data_wait_share = window.read()
                 record: dict[str, Any] = {
                     **look.numbers,
                     "step": state.step,
@@ -302,11 +242,10 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                     "lr": lr,
                     "grad_norm": output.grad_norm,
                     "images_per_second": images_per_second,
-                    "data_wait_share": window_wait / seconds,
+                    "data_wait_share": data_wait_share,
                     "memory_gib": measure_memory(device),
                     **meters.read(images_per_second),
                 }
-                window_started, window_wait, window_steps = time.monotonic(), 0.0, 0
                 if log_wandb is not None:
                     record["failed_samples"] = num_failed
                     if state.salts[-1][1]:
@@ -326,8 +265,8 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             # One exchange a step: whether a rank was asked to stop, how many samples failed on all of them, and how
             # many alarms ring on rank 0, whether it could not write, whether each has written its part of the pending
             # checkpoint, which energy each took.
-            has_written = pending is not None and pending.is_done
-            told = (stop.requested, num_failed_before + failed.num_failed, len(alarms), fault is not None, has_written)
+            num_bad = num_failed_before + failed.num_failed
+            told = (stop.requested, num_bad, len(alarms), fault is not None, saver.has_written)
             is_due = every(state.step, config.checkpoint.save_every) or last  # a checkpoint says what it cost
             numbers = (*map(float, told), meters.measure(now=is_due))
             means = all_reduce_mean(torch.tensor(numbers, dtype=torch.float64, device=device))
@@ -338,17 +277,17 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             try:
                 loader.check_failures(failed, num_failed, state.samples_seen)
             except UserError:  # on all ranks alike
-                save()
+                saver.save(state, failed)
                 raise
             if num_faults:
-                newest = save()  # where that fails too, it says so itself
-                raise UserError(f"{share_fault(fault, device)}; saved {newest.name}: free some space and start again")
+                saved = saver.save(state, failed)  # where that fails too, it says so itself
+                raise UserError(f"{share_fault(fault, device)}; saved {saved.name}: free some space and start again")
             if num_alarms:
                 alarms = broadcast_object(alarms)
                 for alarm in alarms:
                     say(f"alarm at step {state.step}: {alarm.text}")
-                finish()
-                watch.keep_snapshot(alarms, save)
+                saver.finish()
+                watch.keep_snapshot(alarms, partial(saver.save_aside, state, failed))
                 back_to = watch.find_way_back(min(alarm.since for alarm in alarms), num_rollbacks=state.salts[-1][1])
                 if back_to is not None:
                     continue
@@ -356,44 +295,26 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
                     outcome = "alarmed"
                     break
             if num_written == get_world_size():
-                finish()
+                saver.finish()
             if is_due or stopped:
-                pending = start_saving()
+                saver.start(state, failed)
                 if is_main():
                     with suppress(OSError):  # a picture is not worth a run: what is full shows at the next write
                         write_loss_curve(out / "metrics.jsonl", out / "loss.png", title=f"{out.name}: pretraining loss")
                 if not config.checkpoint.background:
-                    finish()
+                    saver.finish()
             if stopped and not last:
                 outcome = "interrupted"
                 break
 
         # 4. The end: a run that diverged keeps its last good weights, if they are still there.
-        finish()
+        saver.finish()
         watchdog.begin("end", slow=True)
-        if outcome == "unreadable":
-            if state.step > 0 and newest != compute_folder(out, state.step):
-                newest = save()
-            kept = f"saved {newest.name}" if newest is not None else "nothing to save"
-            say(f"stopped after step {state.step}: {fault}; {kept}. Put it right, and the same command goes on")
-        if outcome == "diverged":
-            good = all(bool(torch.isfinite(tensor).all()) for tensor in engine.copy_state(model).values())
-            if good and state.step > 0 and newest != compute_folder(out, state.step):
-                newest = save()
-            kept = f"saved {newest.name}" if newest is not None else "nothing to save"
-            say(
-                f"stopped at step {state.step + 1}: loss {output.loss}, gradient norm "
-                f"{'not finite' if output.grad_norm is None else output.grad_norm}; {kept}. Start again with a lower "
-                f"optim.base_lr ({config.optim.base_lr}) or a longer schedule.warmup_samples "
-                f"({config.schedule.warmup_samples}) and another --out"
-            )
-        if outcome == "alarmed":
-            say(
-                f"stopped by an alarm after step {state.step} and {state.salts[-1][1]} rollbacks; snapshots of before "
-                f"and after: {out / SNAPSHOTS}. With monitor.alarm.action=warn the same command goes on"
-            )
-        if outcome == "interrupted":
-            say(f"stopped by a signal after step {state.step}, saved; the same command goes on from here")
+        is_worth_saving = outcome == "unreadable" or (outcome == "diverged" and _is_finite(engine, model))
+        if is_worth_saving and state.step > 0 and saver.newest != compute_folder(out, state.step):
+            saver.save(state, failed)
+        if outcome != "finished":
+            say(_explain_ending(outcome, config, out, state, saver.newest, fault, output))
         for line in loader.describe_drawn(LoaderState(state.step, state.salts)) if is_main() else ():
             say(line)
         if num_failed:
@@ -403,7 +324,7 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
             )
         summary = PretrainSummary(
             out=out,
-            checkpoint=newest,
+            checkpoint=saver.newest,
             outcome=outcome,
             step=state.step,
             samples_seen=state.samples_seen,
@@ -415,8 +336,54 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
         if end is not None:
             end(outcome)
         if outcome == "finished":
-            say(f"pretrained {state.step:,} steps, loss {_show(loss)}, {summary.seconds:.0f} s: {newest}")
+            say(f"pretrained {state.step:,} steps, loss {_show(loss)}, {summary.seconds:.0f} s: {saver.newest}")
     return summary
+
+
+def _cut_back(out: Path, state: TrainingState) -> int:
+    """Remove what the run folder says of steps after `state`, which come again; returns the samples failed before.
+
+    Those failed on any rank; rank 0 knows of them, and the others count from 0.
+    """
+    if is_main():
+        trim_metrics(out / "metrics.jsonl", state.step)
+    num_kept = trim_failures(out, state.samples_seen) if is_main() else 0
+    barrier()
+    return num_kept
+
+
+def _is_finite(engine: Engine, model: PretrainingModel) -> bool:
+    """Whether all weights are numbers; every rank must call it."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in engine.copy_state(model).values())
+
+
+def _explain_ending(
+    outcome: Outcome,
+    config: PretrainConfig,
+    out: Path,
+    state: TrainingState,
+    newest: Path | None,
+    fault: str | None,
+    output: StepOutput | None,
+) -> str:
+    """Why the run ended before its last step, what is kept, and what to do. output: of the last step tried."""
+    kept = f"saved {newest.name}" if newest is not None else "nothing to save"
+    if outcome == "unreadable":
+        return f"stopped after step {state.step}: {fault}; {kept}. Put it right, and the same command goes on"
+    if outcome == "interrupted":
+        return f"stopped by a signal after step {state.step}, saved; the same command goes on from here"
+    if outcome == "alarmed":
+        return (
+            f"stopped by an alarm after step {state.step} and {state.salts[-1][1]} rollbacks; snapshots of before "
+            f"and after: {out / SNAPSHOTS}. With monitor.alarm.action=warn the same command goes on"
+        )
+    assert output is not None, "a run diverges in a step"
+    return (
+        f"stopped at step {state.step + 1}: loss {output.loss}, gradient norm "
+        f"{'not finite' if output.grad_norm is None else output.grad_norm}; {kept}. Start again with a lower "
+        f"optim.base_lr ({config.optim.base_lr}) or a longer schedule.warmup_samples "
+        f"({config.schedule.warmup_samples}) and another --out"
+    )
 
 
 @contextmanager

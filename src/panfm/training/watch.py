@@ -181,7 +181,7 @@ class Watch:
         ringing = self.alarms.judge(record)
         return [] if self.config.alarm.action == "none" else ringing
 
-    def keep_snapshot(self, alarms: Sequence[Alarm], save: Callable[[Path, int], Path]) -> None:
+    def keep_snapshot(self, alarms: Sequence[Alarm], save: Callable[[Path, int], None]) -> None:
         """Where an alarm is new, keep what the run came from and what it came to, in alarms/; every rank must call it.
 
         save: writes a checkpoint of the run as it is into a folder, of which so many stay.
