@@ -14,7 +14,8 @@ from panfm.cli.main import app
 from panfm.errors import UserError
 from panfm.shards.anonymity import QUASI_IDENTIFIERS, collect_profiles, compute_anonymity
 from panfm.shards.index import ShardSet, open_shard_set
-from panfm.shards.privacy_report import build_privacy_report, render_markdown, render_page, write_privacy_report
+from panfm.shards.privacy_page import render_markdown, render_page, write_privacy_report
+from panfm.shards.privacy_report import build_privacy_report
 from panfm.shards.writer import BuildOptions, build_shards
 
 

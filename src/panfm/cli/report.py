@@ -90,7 +90,8 @@ def run(
 def _write_privacy(folders: list[str], out: Path, age_band: int) -> None:
     """Data flow, fields kept, k-anonymity of the metadata, retention and key custody; counts, never rows."""
     from panfm.shards.index import open_shard_set
-    from panfm.shards.privacy_report import build_privacy_report, write_privacy_report
+    from panfm.shards.privacy_page import write_privacy_report
+    from panfm.shards.privacy_report import build_privacy_report
 
     report = build_privacy_report([open_shard_set(folder) for folder in folders], age_band=age_band)
     for path in write_privacy_report(report, out):

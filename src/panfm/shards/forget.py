@@ -16,7 +16,6 @@ import io
 import os
 import re
 import shutil
-import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -29,10 +28,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from panfm.errors import UserError
-from panfm.files import compute_file_sha256, open_atomic, read_json, sync_folder, write_bytes, write_json
+from panfm.files import compute_file_sha256, read_json, sync_folder, write_bytes, write_json
 from panfm.shards.index import (
     INDEX_FILE,
     PENDING_REMOVAL,
@@ -43,15 +41,14 @@ from panfm.shards.index import (
     open_shard_set,
 )
 from panfm.shards.privacy import PUBLIC_KEY, load_key, pseudonymise
-from panfm.shards.schema import SAMPLES_SCHEMA
-from panfm.shards.verify import Member, count_samples, read_members
+from panfm.shards.rewrite import move_rows, rewrite_tar, write_rows
+from panfm.shards.verify import Member, count_samples
 
 FORGOTTEN_FILE = "forgotten.json"
 OVERLAYS = "overlays"
 REVIEW = "review"
 DESCRIPTIONS = ("datasheet.md", "croissant.json")  # made from the set; with fewer samples they would be wrong
 HASHED_PATIENT = re.compile(r"p[0-9a-f]{16}")
-COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -207,14 +204,14 @@ def _stage(
         for entry in shard_set.index["shards"]:
             name = entry["name"]
             if name in touched - emptied:
-                places[name] = _rewrite_tar(folder / name, staged / name, keys)
+                places[name] = rewrite_tar(folder / name, staged / name, keys)
                 facts = {"num_bytes": (staged / name).stat().st_size, "sha256": compute_file_sha256(staged / name)}
                 num_samples = pc.sum(pc.equal(remaining["shard"], name)).as_py()
                 shards.append({**entry, **facts, "num_samples": num_samples})
             elif name not in emptied:
                 shards.append(entry)
-        remaining = _move_rows(remaining, places, folder)
-        _write_rows(staged / SAMPLES_FILE, remaining)
+        remaining = move_rows(remaining, places, folder)
+        write_rows(staged / SAMPLES_FILE, remaining)
         num_rejected = _stage_quarantine(shard_set, staged, keys, remaining, quarantine_as)
         old_data_hash = shard_set.compute_data_hash()
         new_data_hash = compute_data_hash(remaining["key"].to_pylist(), remaining["sha256"].to_pylist())
@@ -256,63 +253,6 @@ def _stage(
         old_data_hash=old_data_hash,
         new_data_hash=new_data_hash,
     )
-
-
-def _rewrite_tar(tar: Path, out: Path, keys: frozenset[str]) -> dict[str, Member]:
-    """Copy a shard without the members of `keys`, the others byte for byte; the new places of those by name."""
-    with tar.open("rb") as file:
-        members, faults = read_members(file)
-    if faults:
-        raise UserError(f"{tar}: {faults[0]}; copy or build the shards again, nothing was removed")
-    places: dict[str, Member] = {}
-    written = 0
-    with tar.open("rb") as source, open_atomic(out) as file:
-        for member in members:
-            if member.name.partition(".")[0] in keys:
-                continue
-            shift = member.start - written
-            places[member.name] = Member(member.name, written, member.offset - shift, member.length, member.end - shift)
-            source.seek(member.start)
-            left = member.end - member.start
-            while left:
-                block = source.read(min(left, COPY_BYTES))
-                if not block:
-                    raise UserError(f"{tar}: ends within {member.name}; copy or build the shards again")
-                file.write(block)
-                left -= len(block)
-            written = places[member.name].end
-        file.write(bytes(tarfile.RECORDSIZE - written % tarfile.RECORDSIZE))  # at least the two empty end blocks
-    return places
-
-
-def _move_rows(table: pa.Table, places: dict[str, dict[str, Member]], folder: Path) -> pa.Table:
-    """Give the rows of rewritten shards their new offsets; a row whose member is not where it says is an error."""
-    rows = np.flatnonzero(pc.is_in(table["shard"], value_set=pa.array(sorted(places), pa.string())).to_numpy())
-    samples = table.take(pa.array(rows)).to_pylist()
-    for column, kind in (("offset", None), ("mask_offset", "mask.png"), ("caption_offset", "txt")):
-        offsets = table[column].combine_chunks().fill_null(-1).to_numpy().copy()
-        for row, sample in zip(rows.tolist(), samples, strict=True):
-            if sample[column] is None:
-                continue
-            member = places[sample["shard"]].get(f"{sample['key']}.{kind or sample['extension']}")
-            if member is None or member.length != sample[column.replace("offset", "length")]:
-                raise UserError(
-                    f"{folder / sample['shard']}: does not hold {sample['key']} as {SAMPLES_FILE} says; see "
-                    f"`panfm shards verify {folder}`, nothing was removed"
-                )
-            offsets[row] = member.offset
-        place = table.schema.get_field_index(column)
-        table = table.set_column(place, table.schema.field(place), pa.array(offsets, mask=offsets < 0))
-    return table
-
-
-def _write_rows(path: Path, table: pa.Table) -> None:
-    """Write samples.parquet as the build does: a row group a shard."""
-    shards = table["shard"].combine_chunks().dictionary_encode()
-    starts = np.flatnonzero(np.diff(shards.indices.to_numpy(), prepend=-1)).tolist()
-    with open_atomic(path) as file, pq.ParquetWriter(file, SAMPLES_SCHEMA, compression="zstd") as writer:
-        for start, end in zip(starts, [*starts[1:], table.num_rows], strict=True):
-            writer.write_table(table.slice(start, end - start))
 
 
 def _stage_quarantine(

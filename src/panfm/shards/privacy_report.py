@@ -1,6 +1,6 @@
-"""What a data protection officer asks for, from finished shard sets: one page in Markdown and the same as HTML.
+"""What a data protection officer asks for, from finished shard sets: what is kept, what is open, who stands alone.
 
-    ShardSets -> build_privacy_report -> PrivacyReport (sections of text and tables) -> render_markdown, render_page
+    ShardSets -> build_privacy_report -> PrivacyReport (sections of text and tables) -> privacy_page.py
 
 Everything comes from index.json, samples.parquet and review/; what the source card does not say is listed first, as
 open. No row, id or key is shown, and a number of patients from 1 to 4 is shown as "<5" (so that the page may be filed
@@ -10,41 +10,14 @@ where the shards may not lie). Equal inputs give equal bytes; there is no date i
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from panfm.errors import UserError
-from panfm.files import write_text
-from panfm.pages import build_environment
 from panfm.shards.anonymity import SMALL, Anonymity, compute_anonymity
 from panfm.shards.cards import is_answered
 from panfm.shards.index import ShardSet
-from panfm.shards.review import TEMPLATES, read_review_state
+from panfm.shards.privacy_page import OPEN, PrivacyReport, Section, SetReport, Table
+from panfm.shards.review import read_review_state
 from panfm.shards.text_scan import OLD_AGE
 
-OPEN = "OPEN"
-
-PSEUDONYMISED = (
-    "These data are pseudonymised, not anonymous: whoever holds the key (or, for public sources, the published ids), "
-    "or knows enough of the metadata below, may find a patient again; and pixels can be recognised. Treat them as "
-    "personal data."
-)
-FLOW = (
-    ("Raw archive", "images, tables, names, dates, file names, DICOM headers", "nothing; it is read, never changed"),
-    (
-        "Shards",
-        "pixels without embedded metadata; the fields below; keyed hashes instead of ids; days instead of dates",
-        "nothing, unless you copy the folder",
-    ),
-    ("Features", "one vector an image, computed by an encoder, by hashed key", "nothing, unless you copy the folder"),
-    ("Weights", "an encoder trained on the images; it may remember some of them", "nothing, unless exported"),
-    (
-        "Export",
-        "the encoder's weights, names and licences of its sources; no images, no rows",
-        "what you hand over, for a permitted use only",
-    ),
-)
 DROPPED = (
     ("names, birth dates, addresses, telephone numbers, record numbers", "columns that the card does not name"),
     ("patient, lesion, slide and image ids as written", "replaced by HMAC-SHA256 of them, cut to 64 bits"),
@@ -86,61 +59,9 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of texts."""
-
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with paragraphs, then a table, then points."""
-
-    title: str
-    paragraphs: tuple[str, ...] = ()
-    table: Table | None = None
-    points: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class SetReport:
-    """What the page says about one shard set."""
-
-    source: str
-    title: str
-    synthetic: bool
-    open_points: tuple[str, ...]
-    sections: tuple[Section, ...]
-
-
-@dataclass(frozen=True)
-class PrivacyReport:
-    """The page: one part a shard set."""
-
-    sets: tuple[SetReport, ...]
-
-    @property
-    def num_open(self) -> int:
-        """Points that somebody must answer."""
-        return sum(len(one.open_points) for one in self.sets)
-
-
 def build_privacy_report(shard_sets: Sequence[ShardSet], *, age_band: int = 5) -> PrivacyReport:
     """Gather what is kept, what is open, and how alone patients stand, for each shard set by itself."""
     return PrivacyReport(tuple(_report_set(one, age_band) for one in shard_sets))
-
-
-def write_privacy_report(report: PrivacyReport, out: str | Path) -> tuple[Path, Path]:
-    """Write `out` (.md) and the same page beside it as .html; return both paths."""
-    out = Path(out)
-    if out.suffix != ".md":
-        raise UserError(f"{out}: the report is Markdown, with a page of the same name beside it; end the name in .md")
-    page = out.with_suffix(".html")
-    write_text(page, render_page(report))
-    write_text(out, render_markdown(report))
-    return out, page
 
 
 def _report_set(shard_set: ShardSet, age_band: int) -> SetReport:
@@ -393,44 +314,3 @@ def _percent(count: int, total: int) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-# ------------------------------------------------------------------------------------------------ rendering
-
-
-def render_page(report: PrivacyReport) -> str:
-    """Render the page as one HTML file that fetches nothing."""
-    template = build_environment(TEMPLATES).get_template("privacy.html.j2")
-    return template.render(report=report, pseudonymised=PSEUDONYMISED, flow=FLOW, marker=OPEN).rstrip() + "\n"
-
-
-def render_markdown(report: PrivacyReport) -> str:
-    """Render the same page as Markdown."""
-    lines = ["# Privacy report", "", PSEUDONYMISED, "", "## Open points", ""]
-    for one in report.sets:
-        lines += [f"- **{_escape(one.source)}**: {_escape(point)}" for point in one.open_points]
-    lines += ["" if report.num_open else "None.\n", "## Data flow", ""]
-    lines += [*_format_table(Table(("Step", "Holds", "Leaves the house"), FLOW)), ""]
-    for one in report.sets:
-        lines += [f"## {_escape(one.source)}: {_escape(one.title)}", ""]
-        lines += ["Drawn by a program: no patients.", ""] if one.synthetic else []
-        for section in one.sections:
-            lines += [f"### {section.title}", ""]
-            lines += [part for paragraph in section.paragraphs for part in (_escape(paragraph), "")]
-            lines += [*_format_table(section.table), ""] if section.table else []
-            lines += [*(f"- {_escape(point)}" for point in section.points), ""] if section.points else []
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _format_table(table: Table) -> list[str]:
-    rows: list[Any] = [table.heads, ("---",) * len(table.heads)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return lines + ["| " + " | ".join(map(_escape, row)) + " |" for row in table.rows]
-
-
-def _escape(text: str) -> str:
-    """Other people's text (cards, cells) must not become markup."""
-    plain = " ".join(text.split())
-    for mark in ("\\", "|", "`", "*", "_", "[", "]", "<"):
-        plain = plain.replace(mark, f"\\{mark}")
-    return plain
