@@ -139,13 +139,16 @@ class Comparison(Row):
 
 
 def compare(cells: Sequence[Cell]) -> list[Comparison]:
-    """Every recipe against those of COMPARED_WITH, on the same replicates."""
+    """Every recipe of ours against those of COMPARED_WITH and against ours behind it, on the same replicates."""
     at = {(cell.recipe, cell.task, cell.protocol, cell.fraction): cell for cell in cells}
+    ours = [recipe for recipe in dict.fromkeys(cell.recipe for cell in cells) if not recipe.startswith(COMPARED_WITH)]
     rows = []
     for cell in cells:
-        for peer_recipe in COMPARED_WITH:
+        if cell.recipe not in ours:
+            continue
+        for peer_recipe in (*COMPARED_WITH, *ours[ours.index(cell.recipe) + 1 :]):
             peer = at.get((peer_recipe, cell.task, cell.protocol, cell.fraction))
-            if peer is None or cell.recipe == peer_recipe or cell.recipe.startswith(COMPARED_WITH):
+            if peer is None:
                 continue
             interval = compute_interval(cell.replicates - peer.replicates, cell.num_groups)
             rows.append(
