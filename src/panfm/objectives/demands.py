@@ -1,6 +1,8 @@
 """What a list of objectives asks of the data and of the model: masks, views, teachers, captions, whole batches.
 
     objectives of a config  ->  its one mask, its one EMA teacher, addresses of teachers, number of views, ...
+
+Objectives that ask for different things, of which a run has one, are a UserError.
 """
 
 from collections.abc import Sequence

@@ -2,6 +2,8 @@
 
     shard-000001.tar, keys  --rewrite_tar-->  a new tar, the places of what stays
     rows, places  --move_rows, write_rows-->  samples.parquet
+
+The set itself is not touched: the new files lie beside it until the removal is committed (`forget`).
 """
 
 import tarfile
