@@ -225,7 +225,8 @@ def test_nothing_is_logged(server: AppServer, capfd: pytest.CaptureFixture[str])
 
 # Runs `panfm-predict app` and names whatever is opened for writing, and every connection that it makes itself.
 WATCHED = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it, and so would we
 def watch(event, arguments):
     if event == "open" and arguments[0] != os.devnull:
         mode, flags = arguments[1:]
@@ -242,25 +243,24 @@ main(["app", sys.argv[1], "--no-browser", "--threads", "1"])
 
 @pytest.mark.slow
 def test_the_command_keeps_and_sends_nothing(folder: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WATCHED, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert process.stdout is not None
-    assert "For research only" in process.stdout.readline()
-    found = re.search(r"http://(127\.0\.0\.1:\d+)/([\w-]+)/", process.stdout.readline())
-    assert found is not None
-    for kind in ("JPEG", "PNG", "TIFF", "WEBP"):
-        connection = http.client.HTTPConnection(found[1], timeout=20)
-        headers = {"Origin": f"http://{found[1]}", "Content-Type": "application/octet-stream"}
-        connection.request("POST", f"/{found[2]}/predict", draw_bytes(1, kind=kind), headers)
-        assert json.loads(connection.getresponse().read())["top"]
-        connection.close()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    command = [sys.executable, "-c", WATCHED, str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path) as process:
+        try:
+            assert process.stdout is not None
+            assert "For research only" in process.stdout.readline()
+            found = re.search(r"http://(127\.0\.0\.1:\d+)/([\w-]+)/", process.stdout.readline())
+            assert found is not None
+            for kind in ("JPEG", "PNG", "TIFF", "WEBP"):
+                connection = http.client.HTTPConnection(found[1], timeout=60)
+                headers = {"Origin": f"http://{found[1]}", "Content-Type": "application/octet-stream"}
+                connection.request("POST", f"/{found[2]}/predict", draw_bytes(1, kind=kind), headers)
+                assert json.loads(connection.getresponse().read())["top"]
+                connection.close()
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out, err) == (0, "Closed. No image was kept.\n", "")
     assert list(tmp_path.iterdir()) == []
 
