@@ -233,11 +233,12 @@ def test_a_test_patient_is_kept_out_of_every_source_that_shares_identifiers(
         assert excluded["foreign"] == frozenset()
 
 
-def test_excluded_needs_no_torch() -> None:
+@pytest.mark.parametrize("module", ["splits", "contamination"])
+def test_what_is_excluded_and_the_audit_need_no_torch(module: str) -> None:
     import subprocess
     import sys
 
-    code = "import sys, panfm.evaluation.splits; sys.exit('torch' in sys.modules)"
+    code = f"import sys, panfm.evaluation.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

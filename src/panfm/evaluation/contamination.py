@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from panfm import __version__
-from panfm.encoder.load import load_encoder
 from panfm.errors import UserError
-from panfm.evaluation.contamination_find import find_by_embedding, find_same_groups, keep_first_method
+from panfm.evaluation.contamination_find import find_same_groups, keep_first_method
 from panfm.evaluation.contamination_list import AUDIT_FILE, AUDIT_SCHEMA, AUDIT_VERSION, MANIFEST_FILE, METHODS
 from panfm.evaluation.contamination_report import InsideReport, ShownPair, render_csv, render_inside_csv, render_page
 from panfm.evaluation.splits import Split, compute_excluded, load_split
@@ -124,7 +123,11 @@ def run_audit(
         raise UserError("nothing to compare: give --evaluation DIR, or leave --no-inside out")
     images, test_images, test_tasks = _find_test_images(tested, tasks, task_dir)
     known = list_images(sets)
-    encoder = None if settings.encoder is None else load_encoder(settings.encoder, device=settings.device)
+    encoder = None
+    if settings.encoder is not None:
+        from panfm.encoder.load import load_encoder  # torch takes seconds; without an encoder nothing needs it
+
+        encoder = load_encoder(settings.encoder, device=settings.device)
 
     notes: list[str] = []
     findings: dict[str, Pairs] = {}
@@ -136,6 +139,8 @@ def run_audit(
         )
         notes.append(f"{num_candidates:,} pairs with near hashes, {len(findings['phash']):,} alike in their pixels")
         if encoder is not None:
+            from panfm.evaluation.contamination_embedding import find_by_embedding
+
             findings["embedding"], cosine = find_by_embedding(
                 known,
                 images,
