@@ -23,7 +23,8 @@ else the machine does, and that a run was cut and goes on from its checkpoint, c
 comes out. Reading weights, checkpoint and export are not in the budget. Give the same command again after a kill.
 
 Recipes are chosen on development folds, which is what a run without --open-test measures. --open-test measures the test
-fold, and writes down in test_opened.json when and for what; afterwards only the same recipes can be measured there.
+fold, and writes down in test_opened.json when and for what; afterwards only the same recipes can be measured there, and
+further seeds of them: nothing is left to choose, and each look is written down.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from recipes_compare import WEIGHTS, compare, compute_cells, evaluate_all, show
 from recipes_train import UNTRAINED, Plan, identify, start, train_all, wait
@@ -52,7 +54,7 @@ TURN_SECONDS = 8.0  # of each of the turns in which the speeds of recipes are me
 
 
 def open_test(plan: Plan) -> None:
-    """Write down that the test fold is looked at, and for what; refuse a second look at anything else."""
+    """Write down that the test fold is looked at, and for what; refuse a second look at anything but further seeds."""
     path = plan.out / "test_opened.json"
     asked = {
         "recipes": {
@@ -60,20 +62,22 @@ def open_test(plan: Plan) -> None:
             for recipe in plan.recipes
         },
         "minutes": plan.minutes,
-        "seeds": list(plan.seeds),
         "tasks": list(plan.tasks),
     }
+    looks: list[dict[str, Any]] = []
     if path.is_file():
         opened = read_json(path)
+        looks = opened["looks"]
         if {key: opened[key] for key in asked} != asked:
             sys.exit(
-                f"{path}: the test fold was opened on {opened['opened']} for {', '.join(opened['recipes'])}, "
-                f"{opened['minutes']:g} minutes, seeds {opened['seeds']}; it is opened once: choose on development "
-                "folds (without --open-test), or measure what was opened then"
+                f"{path}: the test fold was opened on {looks[0]['at']} for {', '.join(opened['recipes'])}, "
+                f"{opened['minutes']:g} minutes; it is opened once: choose on development folds (without --open-test), "
+                "or measure what was opened then, with more seeds where you want them"
             )
-        return
+        if looks[-1]["seeds"] == list(plan.seeds):
+            return
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json(path, {"opened": now, **asked})
+    write_json(path, {**asked, "looks": [*looks, {"at": now, "seeds": list(plan.seeds)}]})
 
 
 def prepare(data: Path, plan: Plan) -> tuple[Path, ...]:
