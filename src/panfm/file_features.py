@@ -31,6 +31,7 @@ from panfm.progress import progress_bar
 # As in panfm_predict.files, which this layer must do without.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".avif")
 SHA_BYTES = 32
+FILES_FORMAT = 2  # 2: colour profiles are applied. Raise it where the same file would get another feature
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,11 @@ class _Store:
     folder: Path
     encoder: Encoder
 
+    @property
+    def seal(self) -> str:
+        """What the hash of a part holds besides its bytes."""
+        return f"{self.encoder.hash} {FILES_FORMAT}"
+
     def read(self, wanted: Collection[str]) -> dict[str, NDArray[np.float32]]:
         """Features [D] of the contents that are known. Of a part only the hashes are read, unless one is wanted."""
         found: dict[str, NDArray[np.float32]] = {}
@@ -141,8 +147,8 @@ class _Store:
                 if rest.isdisjoint(sha256s):
                     continue
                 data = file.read()
-            if digest != compute_digest(self.encoder.hash, names + data):
-                continue  # damaged, likewise
+            if digest != compute_digest(self.seal, names + data):
+                continue  # damaged, or of another format: likewise
             values = np.frombuffer(data, "<f4").reshape(num_rows, self.encoder.embed_dim)
             found |= {sha.hex(): values[row] for row, sha in enumerate(sha256s) if sha in rest}
             rest.difference_update(sha256s)
@@ -151,7 +157,7 @@ class _Store:
     def write(self, sha256s: Sequence[str], values: NDArray[np.float32]) -> None:
         """Keep features [n, D] of n contents, atomically."""
         body = b"".join(map(bytes.fromhex, sha256s)) + np.ascontiguousarray(values, dtype="<f4").tobytes()
-        digest = compute_digest(self.encoder.hash, body)
+        digest = compute_digest(self.seal, body)
         write_bytes(self.folder / f"part-{digest.hex()[:24]}.bin", digest + body)
 
 

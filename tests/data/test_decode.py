@@ -20,6 +20,9 @@ from panfm.data.decode import (
     open_image,
 )
 from panfm.data.transforms import EvalTransform
+from panfm.shards.pixels import turn_upright
+from panfm.shards.privacy import clean_image
+from tests.profiles import SRGB, make_swapped_profile
 
 Encode = Callable[..., bytes]
 
@@ -162,6 +165,27 @@ def test_files_are_turned_as_their_camera_says(kind: str) -> None:
         data = encode_turned(kind, orientation)
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
         np.testing.assert_array_equal(decode_upright(data), np.asarray(upright))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA"])
+def test_a_file_has_the_colours_that_shards_give_it(kind: str, mode: str) -> None:
+    if (kind, mode) in {("JPEG", "RGBA"), ("PNG", "CMYK"), ("WEBP", "CMYK")}:
+        return  # there is no such file
+    picture = draw_texture(4, 300, 290).convert(mode)
+    if mode == "RGBA":
+        picture.putalpha(200)  # an opaque one is stored as RGB by WebP
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for profile in (make_swapped_profile(), SRGB, b"damaged" * 30):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, icc_profile=profile, exif=exif)
+        data = buffer.getvalue()
+        stored = clean_image(data).pixels
+        expected = stored if stored.ndim == 3 else np.repeat(stored[:, :, None], 3, axis=2)
+        np.testing.assert_array_equal(decode_upright(data), expected)
+        converted = not np.array_equal(decode_upright(data), turn_upright(decode_rgb(data), 6 if kind != "TIFF" else 1))
+        assert converted == (mode == "RGB" and profile == make_swapped_profile())
 
 
 def test_damaged_exif_counts_as_none() -> None:

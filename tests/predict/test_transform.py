@@ -20,6 +20,7 @@ from panfm_predict.errors import ImageError
 from panfm_predict.transform import MAX_PIXELS, prepare
 from panfm_predict.transform import decode_rgb as decode_here
 from tests.predict.made import draw_bytes, draw_image
+from tests.profiles import SRGB, make_swapped_profile
 
 SIZES = [(1, 1), (7, 9), (16, 16), (17, 31), (31, 17), (64, 64), (97, 83), (255, 256), (1, 40), (320, 61), (301, 457)]
 TRANSFORMS = [
@@ -147,6 +148,22 @@ def test_an_image_is_turned_as_its_camera_says(kind: str) -> None:
         with Image.open(io.BytesIO(data)) as stored:
             np.testing.assert_array_equal(decode_here(data), ImageOps.exif_transpose(stored).convert("RGB"))
         assert decode_here(data).size == ((50, 80) if 5 <= orientation <= 8 else (80, 50))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA"])
+def test_a_colour_profile_is_applied(kind: str, mode: str) -> None:
+    """As telephones write their photographs: whoever reads them as sRGB sees other colours than panfm's shards hold."""
+    if mode not in {"JPEG": ("RGB", "L", "CMYK"), "MPO": ("RGB",), "TIFF": ("RGB", "L", "CMYK", "RGBA")}.get(
+        kind, ("RGB", "L", "RGBA")
+    ):
+        return  # there is no such file
+    image = draw_image(8, (80, 50)).convert(mode)
+    for profile in (make_swapped_profile(), SRGB, b"damaged" * 30):
+        assert_same_pixels(encode(image, kind, icc_profile=profile))
+    if mode == "RGB":
+        swapped = np.asarray(decode_here(encode(image, "PNG", icc_profile=make_swapped_profile())))
+        assert np.abs(swapped.astype(int) - np.asarray(image)[..., ::-1]).mean() < 0.5
 
 
 def list_damaged() -> Iterator[tuple[str, bytes]]:

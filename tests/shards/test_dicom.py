@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image
 
 pytest.importorskip("pydicom")
 
@@ -25,9 +25,8 @@ from pydicom.uid import (
 from panfm.shards.dicom import is_dicom, unwrap_dicom
 from panfm.shards.privacy import clean_image
 from panfm.shards.quality import RejectedImageError
+from tests.profiles import SRGB, make_swapped_profile
 from tests.shards.dicom_files import write_dicom
-
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def draw(seed: int = 0) -> np.ndarray:
@@ -134,8 +133,7 @@ def test_the_first_of_several_frames_is_taken() -> None:
 
 
 def test_profiles_of_the_header_are_applied() -> None:
-    renamed = SRGB.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
-    swapped = renamed.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ")
+    swapped = make_swapped_profile()
     plain = decode(clean_image(write_dicom(draw(), ICCProfile=SRGB)).data)
     assert np.array_equal(plain, draw())
     path = Dataset()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from panfm.errors import UserError
 from panfm.shards.privacy import PUBLIC_KEY, clean_image, create_key, load_key, name_device, pseudonymise, strip_jpeg
 from panfm.shards.quality import RejectedImageError
+from tests.profiles import SRGB, make_swapped_profile
 
 
 def picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
@@ -128,7 +129,6 @@ PLAIN_INFO = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "progressive"
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_jpeg_loses_its_metadata_and_keeps_its_pixels(options: dict[str, object], mode: str) -> None:
     original = picture(1).convert(mode)
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     second = encode(picture(2), comment=b"PLANTED in a preview")
     planted = encode(
         original,
@@ -136,7 +136,7 @@ def test_a_jpeg_loses_its_metadata_and_keeps_its_pixels(options: dict[str, objec
         exif=plant_exif(),
         xmp=b"<x:xmpmeta>PLANTED xmp</x:xmpmeta>",
         comment=b"PLANTED comment",
-        icc_profile=profile if mode == "RGB" else None,
+        icc_profile=SRGB if mode == "RGB" else None,
         **options,
     )
     plain = encode(original, quality=83, **options)
@@ -230,11 +230,10 @@ def test_shrinking_keeps_the_original_size_on_record() -> None:
 
 
 def test_encoding_anew_carries_nothing_over() -> None:
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    planted = encode(picture(7, (200, 150)), comment=b"PLANTED", xmp=b"PLANTED", exif=plant_exif(), icc_profile=profile)
+    planted = encode(picture(7, (200, 150)), comment=b"PLANTED", xmp=b"PLANTED", exif=plant_exif(), icc_profile=SRGB)
     shrunk = clean_image(planted, short_side=100).data
     assert b"PLANTED" not in shrunk and b"ICC_PROFILE" not in shrunk and b"\xff\xfe" not in shrunk[:200]
-    png = clean_image(encode(picture(7), "PNG", icc_profile=profile)).data
+    png = clean_image(encode(picture(7), "PNG", icc_profile=SRGB)).data
     assert b"iCCP" not in png and np.array_equal(decode(png), np.asarray(picture(7)))
 
 
@@ -289,13 +288,10 @@ def test_sixteen_bits_become_eight() -> None:
 
 
 def test_colour_profiles_are_applied() -> None:
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     plain = encode(picture(10), quality=92)
-    assert clean_image(encode(picture(10), quality=92, icc_profile=srgb)).data == plain
+    assert clean_image(encode(picture(10), quality=92, icc_profile=SRGB)).data == plain
     assert clean_image(encode(picture(10), quality=92, icc_profile=b"damaged" * 30)).data == plain
-    # A profile of another name whose red is sRGB's blue, and the other way round.
-    renamed = srgb.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
-    swapped = renamed.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ")
+    swapped = make_swapped_profile()
     for kind, tolerance in (("JPEG", 2.0), ("PNG", 0.5)):
         stored = decode(clean_image(encode(picture(10), kind, icc_profile=swapped)).data)
         assert np.abs(stored - decode(encode(picture(10), kind))[..., ::-1]).mean() < tolerance

@@ -20,7 +20,7 @@ import openslide
 import pyarrow.parquet as pq
 import pytest
 import tifffile
-from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, features
+from PIL import Image, PngImagePlugin, TiffImagePlugin, features
 
 from panfm.errors import UserError
 from panfm.shards.cards import SourceCard
@@ -28,6 +28,7 @@ from panfm.shards.index import open_shard_set
 from panfm.shards.privacy import load_key
 from panfm.shards.writer import BuildOptions, build_shards
 from tests.archives import describe_source_card, write_table
+from tests.profiles import SRGB
 from tests.shards.wsi_pyramids import draw_tissue
 
 pytest.importorskip("pydicom")
@@ -40,7 +41,6 @@ GPS = 4_813_743  # hundred-thousandths of a degree
 MRN = 90_817_263
 DATES = ("2019:03:12", "20190312", "2019-03-12", "12.03.2019", "19610312", "1961-03-12", "12 mars 1961")
 TEXTS = ("anna@north.org", "01 42 49 49 49", "1 84 12 76 451 089 46")
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 class Plants:

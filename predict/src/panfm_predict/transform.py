@@ -3,19 +3,20 @@
     bytes  --decode_rgb-->  RGB image  --prepare-->  uint8 [3, S, S]
 
 Equal to `EvalTransform.apply` of panfm bit for bit (tests/predict/test_transform.py), with Pillow alone: libjpeg-turbo,
-which decodes JPEG there, is inside Pillow too. As there, the image is turned as its EXIF data say; an embedded colour
-profile is not applied.
+which decodes JPEG there, is inside Pillow too. As there, the image is turned as its EXIF data say, and converted to
+sRGB as an embedded colour profile says.
 """
 
 import io
 import threading
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 
 from panfm_predict.errors import ImageError
 
@@ -25,6 +26,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF
 
 # One of them is in every file that states an orientation.
 ORIENTATION_MARKS = (b"Exif", b"exif", b"EXIF", b"eXIf", b"Orientation", b"irot", b"imir")
+PROFILED_MODES = ("RGB", "CMYK", "L")
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -90,7 +92,7 @@ def _prepare(image: Image.Image, transform: SizedTransform) -> NDArray[np.uint8]
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Decode stored bytes to 8-bit RGB, upright; transparency lies on white.
+    """Decode stored bytes to 8-bit sRGB, upright; transparency lies on white.
 
     Greyscale, palette, CMYK and 16-bit images become 8-bit RGB; of several frames the first counts. Raises ImageError
     for bytes that are no image, are cut short, claim more than MAX_PIXELS, or hold floats, whose range nobody stated.
@@ -107,7 +109,9 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise ImageError(f"the file {reason}; copy it again") from None
     if image.mode == "F":
         raise ImageError("holds floating-point pixels; save it as 8-bit PNG or JPEG")
-    turn, upright = TURNS.get(_read_orientation(data)), _to_rgb(image)
+    turn = TURNS.get(_read_orientation(data))
+    converted = _convert_to_srgb(image)
+    upright = _to_rgb(image) if converted is None else converted
     return upright if turn is None else upright.transpose(turn)
 
 
@@ -134,6 +138,31 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError(f"more than {MAX_PIXELS:,} pixels; make it smaller") from None
     except Exception:  # whatever a parser stumbled over
         raise ImageError("is no image that can be read; save it as JPEG or PNG") from None
+
+
+def _convert_to_srgb(image: Image.Image) -> Image.Image | None:
+    """Pixels in sRGB by their colour profile (telephones write Display P3); None where there is nothing to convert."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in PROFILED_MODES:
+        return None
+    transform = _build_transform(profile, image.mode)
+    if transform is None:
+        return None
+    try:
+        return ImageCms.applyTransform(image, transform)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=32)  # a camera writes the same profile into all its images, and building takes longer than using
+def _build_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source) and mode == "RGB":
+            return None
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None  # damaged, or for another colour space: viewers ignore those too
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

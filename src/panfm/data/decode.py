@@ -7,8 +7,8 @@ A JPEG goes through simplejpeg (libjpeg-turbo into a numpy array). One that is m
 1/2, 1/4 or 1/8 of its size inside the DCT, then resized once in uint8 with an antialiasing filter. What simplejpeg does
 not read without a complaint (CMYK, damaged files) goes through Pillow, and so do PNG, WebP and TIFF: Pillow alone says
 what is an image and what is not, and where both decode a JPEG their pixels are the same. Orientation and colour profile
-were applied when the shards were written; `decode_upright` is for files as cameras write them. The same bytes and boxes
-give the same pixels on one machine.
+were applied when the shards were written; `decode_upright` does both to files as cameras write them. The same bytes and
+boxes give the same pixels on one machine.
 
 What was measured and lost (torchvision's decoder, Pillow's draft mode, OpenCV, PyTurboJPEG, faster chroma, leaving out
 rows below the crop) is in docs/lab_log.md. At 2 bits a pixel three quarters of what a scaled decode costs is reading
@@ -18,7 +18,7 @@ the Huffman code, which no library leaves out for the columns and rows that a cr
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import simplejpeg
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch.nn.functional import interpolate
 
+from panfm.shards.colour import convert_to_srgb
 from panfm.shards.pixels import turn_upright
 from panfm.shards.quality import FORMATS
 
@@ -38,6 +39,7 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, here
 JPEG_START = b"\xff\xd8\xff"
 # One of them is in every file that states an orientation; Pillow need not open the others for it.
 ORIENTATION_MARKS = (b"Exif", b"exif", b"EXIF", b"eXIf", b"Orientation", b"irot", b"imir")
+PROFILE_MARK = b"ICC_PROFILE\0"  # in every JPEG with a colour profile, likewise
 JPEG_COLOURS = ("YCbCr", "Gray", "RGB")  # libjpeg-turbo turns them into RGB; CMYK needs Pillow's eye for Adobe's mark
 
 
@@ -75,14 +77,22 @@ def decode_rgb(data: bytes) -> NDArray[np.uint8]:
     Greyscale, palette, CMYK and 16-bit images become 8-bit RGB. Raises DecodeError for bytes that are no image, are
     cut short, claim more than MAX_PIXELS, or hold floats, whose range nobody stated.
     """
-    image = open_image(data)
-    pixels = _decode_jpeg(image, scale=1) if image.opened is None else None
-    return np.asarray(_load_with_pillow(image)) if pixels is None else pixels
+    return _decode(open_image(data))
 
 
 def decode_upright(data: bytes) -> NDArray[np.uint8]:
-    """Decode as `decode_rgb` does and turn as the EXIF orientation says: uint8 [H, W, 3]. Raises DecodeError."""
-    return turn_upright(decode_rgb(data), _read_orientation(data))
+    """Decode as `decode_rgb` does, to sRGB by an embedded colour profile, turned as EXIF says: uint8 [H, W, 3].
+
+    Raises DecodeError.
+    """
+    image = open_image(data)
+    if image.opened is None and PROFILE_MARK in data:
+        image = replace(image, opened=_open_with_pillow(data))
+    if image.opened is not None and image.opened.info.get("icc_profile"):
+        pixels = np.asarray(_load_with_pillow(image, by_profile=True))
+    else:
+        pixels = _decode(image)
+    return turn_upright(pixels, _read_orientation(data))
 
 
 def decode_crop(data: bytes, box: Box, size: int) -> NDArray[np.uint8]:
@@ -121,6 +131,11 @@ def compute_dct_scale(box: Box, size: int) -> int:
     """Return the divisor (8, 4, 2 or 1) at which a JPEG still has the pixels for a crop of side `size`."""
     shorter = min(box[2] - box[0], box[3] - box[1])
     return next((scale for scale in DCT_SCALES if shorter >= DCT_MARGIN * size * scale), 1)
+
+
+def _decode(image: StoredImage) -> NDArray[np.uint8]:
+    pixels = _decode_jpeg(image, scale=1) if image.opened is None else None
+    return np.asarray(_load_with_pillow(image)) if pixels is None else pixels
 
 
 def _read_jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -171,12 +186,15 @@ def _open_with_pillow(data: bytes) -> Image.Image:
         raise DecodeError("undecodable") from None
 
 
-def _load_with_pillow(stored: StoredImage) -> Image.Image:
+def _load_with_pillow(stored: StoredImage, *, by_profile: bool = False) -> Image.Image:
     image = stored.opened if stored.opened is not None else _open_with_pillow(stored.data)
     try:
         image.load()
     except (OSError, ValueError, SyntaxError, IndexError, RuntimeError) as error:
         raise DecodeError("truncated" if "truncated" in str(error) else "undecodable") from None
+    converted = convert_to_srgb(image, image.info.get("icc_profile")) if by_profile else None
+    if converted is not None:
+        return converted
     if image.mode == "RGB":
         return image
     if image.mode == "F":

@@ -14,15 +14,15 @@ import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image
 
 from panfm.errors import UserError
+from panfm.shards.colour import convert_to_srgb
 from panfm.shards.dicom import is_dicom, unwrap_dicom
 from panfm.shards.pixels import Pixels, ShrunkJpeg, compute_size, encode_jpeg, resize, shrink_jpeg, turn_upright
 from panfm.shards.quality import decode_image
@@ -162,7 +162,7 @@ def clean_image(data: bytes, *, min_side: int = 1, short_side: int | None = None
         return _clean_shrunk(shrunk)
     image, width, height = decode_image(data, min_side=min_side, short_side=short_side)
     source_format, device, orientation = image.format, *_read_exif(image)
-    upright = _convert_to_srgb(image)
+    upright = _to_stored_colours(image)
     if short_side is not None and min(width, height) > short_side:
         fraction = round(max(width, height) / max(image.size))  # of its sides at which a JPEG was decoded
         size, extent = compute_size(width, height, short_side), (width / fraction, height / fraction)
@@ -188,10 +188,8 @@ def _clean_shrunk(shrunk: ShrunkJpeg) -> CleanImage:
     """The way of most photographs: a JPEG that came out of its decoder at the stored size already."""
     device, orientation = _read_exif(shrunk.header)
     width, height = shrunk.header.size
-    pixels = shrunk.pixels
-    if profile := shrunk.header.info.get("icc_profile"):
-        converted = _apply_profile(Image.fromarray(pixels), profile)
-        pixels = pixels if converted is None else np.asarray(converted)
+    converted = convert_to_srgb(Image.fromarray(shrunk.pixels), shrunk.header.info.get("icc_profile"))
+    pixels = shrunk.pixels if converted is None else np.asarray(converted)
     if 2 <= orientation <= 8:
         pixels = turn_upright(pixels, orientation)
         if orientation >= 5:
@@ -315,13 +313,11 @@ def _plain_words(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9 ._/()+-]+", " ", text).strip()[:40].strip()
 
 
-def _convert_to_srgb(image: Image.Image) -> Image.Image:
+def _to_stored_colours(image: Image.Image) -> Image.Image:
     """8-bit L or RGB pixels in sRGB; the very same object where nothing had to be converted."""
-    profile = image.info.get("icc_profile")
-    if profile and image.mode in ("RGB", "CMYK", "L"):
-        converted = _apply_profile(image, profile)
-        if converted is not None:
-            return converted
+    converted = convert_to_srgb(image, image.info.get("icc_profile"))
+    if converted is not None:
+        return converted
     if image.mode.startswith(("I", "F")):
         return _scale_to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -330,28 +326,6 @@ def _convert_to_srgb(image: Image.Image) -> Image.Image:
     if image.mode in ("L", "RGB"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")
-
-
-def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert from an embedded colour profile to sRGB; None where there is nothing to convert."""
-    transform = _build_transform(profile, image.mode)
-    if transform is None:
-        return None
-    try:
-        return ImageCms.applyTransform(image, transform)
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-
-
-@lru_cache(maxsize=32)  # a camera writes the same profile into all its images, and building takes longer than using
-def _build_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source) and mode == "RGB":
-            return None
-        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None  # a damaged profile, or one for another colour space: viewers ignore those too
 
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
