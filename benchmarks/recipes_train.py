@@ -125,8 +125,7 @@ def measure_speeds(plan: Plan) -> None:
 
     A machine's speed may drift within minutes, and would favour the recipe whose minute was the better one. So all
     trainings are started, stopped, and let run in turns. A turn is timed from the end of a step to the end of a step:
-    counted by the clock alone, with the first seconds after a pause, a step of 256 images came out a sixth too slow
-    and one of 64 by 2 %.
+    with the first seconds after a pause counted, speeds came out 4 to 10 % too low, and not all by the same.
     """
     recipes = [recipe for recipe in plan.recipes if recipe != UNTRAINED and not get_speed_path(plan, recipe).is_file()]
     if not recipes:
