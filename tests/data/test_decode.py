@@ -167,11 +167,12 @@ def test_files_are_turned_as_their_camera_says(kind: str) -> None:
         np.testing.assert_array_equal(decode_upright(data), np.asarray(upright))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("JPEG", "CMYK"), ("TIFF", "CMYK"), ("PNG", "RGBA"), ("WEBP", "RGBA"), ("TIFF", "RGBA")]
+    + [(kind, mode) for kind in ("JPEG", "PNG", "WEBP", "TIFF") for mode in ("RGB", "L")],
+)
 def test_a_file_has_the_colours_that_shards_give_it(kind: str, mode: str) -> None:
-    if (kind, mode) in {("JPEG", "RGBA"), ("PNG", "CMYK"), ("WEBP", "CMYK")}:
-        return  # there is no such file
     picture = draw_texture(4, 300, 290).convert(mode)
     if mode == "RGBA":
         picture.putalpha(200)  # an opaque one is stored as RGB by WebP

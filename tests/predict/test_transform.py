@@ -150,14 +150,13 @@ def test_an_image_is_turned_as_its_camera_says(kind: str) -> None:
         assert decode_here(data).size == ((50, 80) if 5 <= orientation <= 8 else (80, 50))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "TIFF", "WEBP", "AVIF"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("JPEG", "L"), ("JPEG", "CMYK"), ("TIFF", "CMYK"), ("MPO", "RGB"), ("JPEG", "RGB")]
+    + [(kind, mode) for kind in ("PNG", "TIFF", "WEBP", "AVIF") for mode in ("RGB", "L", "RGBA")],
+)
 def test_a_colour_profile_is_applied(kind: str, mode: str) -> None:
     """As telephones write their photographs: whoever reads them as sRGB sees other colours than panfm's shards hold."""
-    if mode not in {"JPEG": ("RGB", "L", "CMYK"), "MPO": ("RGB",), "TIFF": ("RGB", "L", "CMYK", "RGBA")}.get(
-        kind, ("RGB", "L", "RGBA")
-    ):
-        return  # there is no such file
     image = draw_image(8, (80, 50)).convert(mode)
     for profile in (make_swapped_profile(), SRGB, b"damaged" * 30):
         assert_same_pixels(encode(image, kind, icc_profile=profile))
