@@ -264,15 +264,15 @@ def pretrain(config: PretrainConfig, *, out: Path, excluded: Exclusion, resume: 
 
             # One exchange a step: whether a rank was asked to stop, how many samples failed on all of them, and how
             # many alarms ring on rank 0, whether it could not write, whether each has written its part of the pending
-            # checkpoint, which energy each took.
+            # checkpoint, which energy each took and what it could do at best.
             num_bad = num_failed_before + failed.num_failed
             told = (stop.requested, num_bad, len(alarms), fault is not None, saver.has_written)
             is_due = every(state.step, config.checkpoint.save_every) or last  # a checkpoint says what it cost
-            numbers = (*map(float, told), meters.measure(now=is_due))
+            numbers = (*map(float, told), *meters.measure(now=is_due))
             means = all_reduce_mean(torch.tensor(numbers, dtype=torch.float64, device=device))
-            *counts, joules = (means * get_world_size()).tolist()
+            *counts, joules, peak = (means * get_world_size()).tolist()
             num_asked, num_failed, num_alarms, num_faults, num_written = map(round, counts)
-            meters.set_total(joules)
+            meters.set_totals(joules, peak)
             stopped = num_asked > 0
             try:
                 loader.check_failures(failed, num_failed, state.samples_seen)
