@@ -6,6 +6,7 @@ Both train timm's ViT under bf16 autocast with the same fused AdamW, hide 75 % o
 lightly's own example (one, 512 wide, 16 heads; eight in a further row), and predict standardised pixels of the hidden
 patches. lightly runs with its default attention (fused) and with the explicit one that panfm takes for sequences this
 short. It gets its images as normalised floats for nothing; panfm gets bytes and normalises them in the step.
+In two settings panfm also takes the step inside its engine, as a run does, plain and with compiled blocks.
 
 Each contestant is a process of its own, since panfm's engine also tells the C library to keep freed memory; they take
 their steps in turn, in a new order each time, and medians are compared. With --threads 1 the time is that of the
